@@ -1,0 +1,69 @@
+// Package names holds the names and numbers on which the control plane, the agent and Envoy must agree: ports, cluster names,
+// secret names, log names. It imports nothing, so that the agent stays small.
+package names
+
+const (
+	// InboundPort is where the pod's netns redirects TCP that arrives at the pod.
+	InboundPort = 15006
+	// OutboundPort is where the pod's netns redirects TCP that the app sends.
+	OutboundPort = 15001
+	// ProxyUID is the user that Envoy runs as; its sockets are exempt from capture.
+	ProxyUID = 15150
+	// ProxyMark is the socket mark that exempts the agent's own connections from capture (and Envoy's, where the kernel gives
+	// the pod one uid only). Setting it takes CAP_NET_ADMIN or CAP_NET_RAW, which apps do not have.
+	ProxyMark = 0x6d74
+)
+
+const (
+	// ALPN marks TLS between two sidecars; no application uses it.
+	ALPN = "mantlet"
+	// Plaintext stands in the filter state PeerID of a connection that carries no identity. It is no SPIFFE ID.
+	Plaintext = "plaintext"
+	// PeerID is the filter state key that holds the peer's SPIFFE ID, or Plaintext.
+	PeerID = "mantlet.peer_id"
+)
+
+// Listeners.
+const (
+	Inbound  = "inbound"
+	Gate     = "gate"
+	Outbound = "outbound"
+)
+
+// Filter chains. Their names are fixed: a matcher change then applies in place.
+const (
+	ChainAllow       = "allow"       // gate: on to the app
+	ChainDeny        = "deny"        // gate, outbound: closed before anything is sent
+	ChainMTLS        = "mtls"        // inbound: TLS with ALPN
+	ChainPlain       = "plain"       // inbound: everything else
+	ChainNode        = "node"        // inbound: the pod's own node
+	ChainBlackhole   = "blackhole"   // inbound, outbound: somebody speaks to the capture port itself
+	ChainMesh        = "mesh"        // outbound: inside the cluster CIDRs
+	ChainPassthrough = "passthrough" // outbound: allowed and outside the cluster CIDRs
+)
+
+// Clusters.
+const (
+	ClusterAgent       = "agent"       // bootstrap: the agent's unix socket (ADS, SDS, access logs)
+	ClusterToGate      = "to-gate"     // the internal listener Gate
+	ClusterApp         = "app"         // ORIGINAL_DST to the app in this pod
+	ClusterPassthrough = "passthrough" // ORIGINAL_DST to the outside
+	ClusterDeny        = "deny"        // STATIC without endpoints
+	OnDemandPrefix     = "od|"         // on demand: od|IP:PORT, an IPv6 address in brackets
+)
+
+// RBAC is the ECDS resource of the network RBAC filter in the mTLS chain.
+const RBAC = "rbac"
+
+// SDS secrets, served by the agent.
+const (
+	SecretWorkload = "workload" // the pod's X.509-SVID and key
+	SecretBundle   = "bundle"   // the trust bundle, with Envoy's SPIFFE certificate validator
+)
+
+// Access log names (log_name of Envoy's TcpGrpcAccessLogConfig).
+const (
+	LogGate     = "gate"     // the verdicts at this pod: who came, from where, to what, and whether it was let in
+	LogInbound  = "inbound"  // connections that end before the gate: TLS failures, own node, capture port
+	LogOutbound = "outbound" // connections of this pod's apps
+)
