@@ -1,0 +1,157 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// Verdicts returns what is compiled for a subject, compiling it if a change has touched it since. It returns nil for a key that no
+// pod has (any more).
+func (x *Index) Verdicts(key string) *verdict.Verdicts {
+	s := x.subjects[key]
+	if s == nil {
+		return nil
+	}
+	x.bring(s)
+	return s.verdicts
+}
+
+// bring compiles a subject that is dirty.
+func (x *Index) bring(s *Subject) {
+	if s.verdicts != nil && !x.dirty[s.Key] {
+		return
+	}
+	u := uses{selectors: map[string]*peerSelector{}, egress: map[spiffeid.ID]bool{}, ports: map[spiffeid.ID]bool{}}
+	s.verdicts = x.compile(s, &u)
+	s.uses = u
+	s.ingress, s.egress = verdict.NewIngress(s.verdicts), verdict.NewEgress(s.verdicts)
+	delete(x.dirty, s.Key)
+	x.compiles++
+}
+
+// Compiles counts the compilations so far: the work that changes have caused.
+func (x *Index) Compiles() int { return x.compiles }
+
+// Subject returns the subject of a pod ("namespace/name"), or nil if there is no such pod.
+func (x *Index) Subject(pod string) *Subject {
+	p := x.pods[pod]
+	if p == nil {
+		return nil
+	}
+	return p.subject
+}
+
+// SubjectKeys lists all subjects, sorted.
+func (x *Index) SubjectKeys() []string {
+	m := make(map[string]bool, len(x.subjects))
+	for k := range x.subjects {
+		m[k] = true
+	}
+	return sortedKeys(m)
+}
+
+// Pod is what the rest of the control plane needs to know of a pod.
+type Pod struct {
+	Name    string // "namespace/name"
+	Subject *Subject
+	Addrs   []netip.Addr
+	NodeIPs []netip.Addr // of the node that it runs on
+	Sidecar bool
+}
+
+// Pod returns a pod by "namespace/name".
+func (x *Index) Pod(name string) (Pod, bool) {
+	p, ok := x.pods[name]
+	if !ok {
+		return Pod{}, false
+	}
+	return Pod{Name: p.key, Subject: p.subject, Addrs: p.ips, NodeIPs: p.hostIPs, Sidecar: p.sidecar}, true
+}
+
+// Answer is what becomes of one connection.
+type Answer struct {
+	Allowed bool
+	// Authenticated says that both ends prove who they are (mTLS between two sidecars).
+	Authenticated bool
+	Reason        verdict.Reason
+}
+
+// Answer decides a connection from a pod ("namespace/name") to an address after service load balancing: what the sidecars of both
+// ends, where they have one, make of it.
+func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) Answer {
+	src, ok := x.pods[from]
+	if !ok {
+		return Answer{Reason: verdict.Reason{Text: "there is no pod " + from}}
+	}
+	addr := to.Addr().Unmap()
+	dst := x.byAddr[addr]
+	switch {
+	case src == dst:
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
+	case dst == nil && slices.Contains(src.hostIPs, addr):
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
+	case dst == nil && src.sidecar && x.inPodNetwork(addr):
+		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + addr.String()}}
+	case !sourceAddr(src, addr).IsValid():
+		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}
+	case !src.sidecar && (dst == nil || !dst.sidecar):
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "not enforced: no end has a sidecar"}}
+	}
+	var reason verdict.Reason
+	if src.sidecar {
+		x.bring(src.subject)
+		peer := verdict.Peer{Addr: addr, Name: addr.String()}
+		if dst != nil {
+			peer.ID, peer.Name = dst.ident.id, dst.key
+		}
+		d := src.subject.egress.Decide(proto, to.Port(), peer)
+		if !d.Allowed || dst == nil {
+			return Answer{Allowed: d.Allowed, Reason: d.Reason}
+		}
+		reason = d.Reason
+	}
+	x.bring(dst.subject)
+	peer := verdict.Peer{Addr: sourceAddr(src, addr), Name: src.key}
+	if src.sidecar {
+		peer.ID = src.ident.id
+	}
+	d := dst.subject.ingress.Decide(proto, to.Port(), peer)
+	if d.Allowed && d.Reason.Policy == "" && reason.Policy != "" {
+		d.Reason = reason // ingress is open; what admits is the egress rule
+	}
+	return Answer{Allowed: d.Allowed, Authenticated: d.Allowed && proto == verdict.TCP && src.sidecar && dst.sidecar, Reason: d.Reason}
+}
+
+// AnswerOutside decides a connection to a pod from an address that is no pod's.
+func (x *Index) AnswerOutside(from netip.Addr, proto verdict.Protocol, to netip.AddrPort) Answer {
+	dst := x.byAddr[to.Addr().Unmap()]
+	switch {
+	case dst == nil:
+		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + to.Addr().String()}}
+	case !dst.sidecar:
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "not enforced: the pod has no sidecar"}}
+	case slices.Contains(dst.hostIPs, from.Unmap()):
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "the pod's own node always reaches it"}}
+	}
+	x.bring(dst.subject)
+	d := dst.subject.ingress.Decide(proto, to.Port(), verdict.Peer{Addr: from})
+	return Answer{Allowed: d.Allowed, Reason: d.Reason}
+}
+
+func (x *Index) inPodNetwork(a netip.Addr) bool {
+	return slices.ContainsFunc(x.podNetwork, func(n netip.Prefix) bool { return n.Contains(a) })
+}
+
+// sourceAddr is the address from which a pod talks to an address: the one of the same family.
+func sourceAddr(p *pod, to netip.Addr) netip.Addr {
+	for _, a := range p.ips {
+		if a.Is4() == to.Is4() {
+			return a
+		}
+	}
+	return netip.Addr{}
+}

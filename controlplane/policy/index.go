@@ -1,0 +1,456 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"sort"
+
+	"github.com/gaissmai/bart"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/mantlet/mantlet/identity"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// Config is what the semantics need to know beside the objects.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	// PodNetwork holds the ranges from which pods get their addresses.
+	PodNetwork []netip.Prefix
+	// VolatileLabels are left out of identities; nil means identity.VolatileLabels.
+	VolatileLabels []string
+	// DefaultMode is the mode of namespaces without ModeLabel; zero means permissive.
+	DefaultMode verdict.Mode
+}
+
+// Index holds the objects that decide, and the verdicts compiled from them. It is not safe for concurrent use: whoever feeds it owns it.
+type Index struct {
+	namer       *identity.Namer
+	podNetwork  []netip.Prefix
+	defaultMode verdict.Mode
+
+	namespaces map[string]*namespace
+	pods       map[string]*pod // by "namespace/name"
+	byAddr     map[netip.Addr]*pod
+	identities map[spiffeid.ID]*ident
+	subjects   map[string]*Subject
+	services   services
+
+	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
+	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
+	volatileKeys   map[string]int       // volatile labels that selectors mention, with a count of uses
+
+	dirty    map[string]bool // keys of subjects to compile
+	compiles int
+}
+
+// namespace is a namespace and what is in it. It exists also for objects whose Namespace object is not known (yet).
+type namespace struct {
+	name       string
+	labels     map[string]string
+	declared   bool
+	identities map[spiffeid.ID]*ident
+	pods       map[string]*pod
+	policies   map[string]*netpol
+}
+
+func (n *namespace) sortedPolicies() []*netpol {
+	out := make([]*netpol, 0, len(n.policies))
+	for _, p := range n.policies {
+		out = append(out, p)
+	}
+	slices.SortFunc(out, func(a, b *netpol) int { return cmpString(a.key, b.key) })
+	return out
+}
+
+// NewIndex returns an empty Index.
+func NewIndex(c Config) *Index {
+	volatile := c.VolatileLabels
+	if volatile == nil {
+		volatile = identity.VolatileLabels()
+	}
+	if c.DefaultMode == 0 {
+		c.DefaultMode = verdict.Permissive
+	}
+	network := slices.Clone(c.PodNetwork)
+	slices.SortFunc(network, func(a, b netip.Prefix) int {
+		if a.Bits() != b.Bits() {
+			return a.Bits() - b.Bits()
+		}
+		return a.Addr().Compare(b.Addr())
+	})
+	return &Index{
+		namer:          identity.NewNamer(c.TrustDomain, volatile),
+		podNetwork:     network,
+		defaultMode:    c.DefaultMode,
+		namespaces:     map[string]*namespace{},
+		pods:           map[string]*pod{},
+		byAddr:         map[netip.Addr]*pod{},
+		identities:     map[spiffeid.ID]*ident{},
+		subjects:       map[string]*Subject{},
+		services:       newServices(),
+		egressIsolated: map[spiffeid.ID]bool{},
+		boundaries:     new(bart.Table[int]),
+		volatileKeys:   map[string]int{},
+		dirty:          map[string]bool{},
+	}
+}
+
+// Delta is what a change touched. All lists are sorted and without duplicates.
+type Delta struct {
+	// Subjects are the keys of subjects whose verdicts have to be compiled anew; some may turn out the same.
+	Subjects []string
+	// Pods ("namespace/name") came, went, or changed in anything that somebody else sees of them.
+	Pods []string
+	// Services ("namespace/name") came, went, or changed, their endpoints included.
+	Services []string
+}
+
+// change collects a Delta.
+type change struct {
+	subjects, pods, services map[string]bool
+}
+
+func newChange() *change {
+	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}}
+}
+
+func (x *Index) finish(c *change) Delta {
+	for k := range c.subjects {
+		if _, ok := x.subjects[k]; !ok {
+			delete(c.subjects, k)
+			continue
+		}
+		x.dirty[k] = true
+	}
+	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services)}
+}
+
+func sortedKeys(m map[string]bool) []string {
+	if len(m) == 0 {
+		return nil
+	}
+	out := make([]string, 0, len(m))
+	for k := range m {
+		out = append(out, k)
+	}
+	sort.Strings(out)
+	return out
+}
+
+// Apply takes over an object that was created or changed. It fails, changing nothing, for a kind that decides nothing and for a
+// pod whose identity has no name; whatever else is wrong in an object closes and is named by Problems.
+func (x *Index) Apply(obj metav1.Object) (Delta, error) {
+	c := newChange()
+	switch o := obj.(type) {
+	case *corev1.Namespace:
+		x.setNamespace(o.Name, o.Labels, true, c)
+	case *corev1.Pod:
+		if err := x.setPod(o, c); err != nil {
+			return Delta{}, err
+		}
+	case *networkingv1.NetworkPolicy:
+		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, parsePolicy(o), c)
+	case *corev1.Service:
+		x.services.set(o, c)
+	case *discoveryv1.EndpointSlice:
+		x.services.setSlice(o, c)
+	default:
+		return Delta{}, fmt.Errorf("policy index: %T decides nothing", obj)
+	}
+	return x.finish(c), nil
+}
+
+// Delete takes an object out. Only its kind, namespace and name matter.
+func (x *Index) Delete(obj metav1.Object) (Delta, error) {
+	c := newChange()
+	switch o := obj.(type) {
+	case *corev1.Namespace:
+		x.setNamespace(o.Name, nil, false, c)
+	case *corev1.Pod:
+		x.removePod(o.Namespace+"/"+o.Name, c)
+	case *networkingv1.NetworkPolicy:
+		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, nil, c)
+	case *corev1.Service:
+		x.services.remove(o, c)
+	case *discoveryv1.EndpointSlice:
+		x.services.removeSlice(o, c)
+	default:
+		return Delta{}, fmt.Errorf("policy index: %T decides nothing", obj)
+	}
+	return x.finish(c), nil
+}
+
+// ApplyAll feeds a whole set of objects.
+func (x *Index) ApplyAll(o *Objects) error {
+	var all []metav1.Object
+	for _, n := range o.Namespaces {
+		all = append(all, n)
+	}
+	for _, p := range o.NetworkPolicies {
+		all = append(all, p)
+	}
+	for _, s := range o.Services {
+		all = append(all, s)
+	}
+	for _, s := range o.EndpointSlices {
+		all = append(all, s)
+	}
+	for _, p := range o.Pods {
+		all = append(all, p)
+	}
+	for _, obj := range all {
+		if _, err := x.Apply(obj); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Problems names what is wrong in the policies that are held, sorted: "namespace/name: field: what".
+func (x *Index) Problems() []string {
+	var out []string
+	for _, ns := range x.namespaces {
+		for _, p := range ns.policies {
+			for _, s := range p.problems {
+				out = append(out, p.key+": "+s)
+			}
+		}
+		if _, err := x.modeOf(ns); err != nil {
+			out = append(out, fmt.Sprintf("namespace %s: label %s: %v; strict holds until it is mended", ns.name, ModeLabel, err))
+		}
+	}
+	sort.Strings(out)
+	return out
+}
+
+// modeOf is the mode of a namespace's workloads. A label that cannot be read closes: strict.
+func (x *Index) modeOf(ns *namespace) (verdict.Mode, error) {
+	s, ok := ns.labels[ModeLabel]
+	if !ok {
+		return x.defaultMode, nil
+	}
+	m, err := verdict.ParseMode(s)
+	if err != nil {
+		return verdict.Strict, err
+	}
+	return m, nil
+}
+
+func (x *Index) namespace(name string) *namespace {
+	ns, ok := x.namespaces[name]
+	if !ok {
+		ns = &namespace{name: name, labels: map[string]string{}, identities: map[spiffeid.ID]*ident{}, pods: map[string]*pod{}, policies: map[string]*netpol{}}
+		x.namespaces[name] = ns
+	}
+	return ns
+}
+
+// setNamespace changes the labels of a namespace: subjects whose selectors now see it otherwise are affected, and its own where
+// the mode changes.
+func (x *Index) setNamespace(name string, labels map[string]string, declared bool, c *change) {
+	ns := x.namespace(name)
+	before := *ns
+	ns.declared, ns.labels = declared, map[string]string{}
+	for k, v := range labels {
+		ns.labels[k] = v
+	}
+	for _, s := range x.subjects {
+		for _, sel := range s.uses.selectors {
+			if sel.namespaceMatches(&before) != sel.namespaceMatches(ns) {
+				c.subjects[s.Key] = true
+				break
+			}
+		}
+	}
+	// A peer's egress rules may see a destination's namespace otherwise too.
+	for _, p := range x.allPolicies() {
+		if !p.egress.isolates {
+			continue
+		}
+		for i := range p.egress.rules {
+			for _, sel := range p.egress.rules[i].selectors {
+				if sel.namespaceMatches(&before) != sel.namespaceMatches(ns) {
+					x.touchEgressOf(p, c)
+				}
+			}
+		}
+	}
+	modeBefore, _ := x.modeOf(&before)
+	if mode, _ := x.modeOf(ns); mode != modeBefore {
+		for _, p := range ns.pods {
+			x.rekey(p, c)
+		}
+	}
+}
+
+func (x *Index) allPolicies() []*netpol {
+	var out []*netpol
+	for _, ns := range x.namespaces {
+		for _, p := range ns.policies {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// setPolicy puts a policy in (or out: nil). Affected are the subjects that it selects or selected and, where it speaks of egress,
+// those at which that egress is part of the verdict.
+func (x *Index) setPolicy(namespace, key string, p *netpol, c *change) {
+	ns := x.namespace(namespace)
+	old := ns.policies[key]
+	if p == nil {
+		delete(ns.policies, key)
+	} else {
+		ns.policies[key] = p
+	}
+	x.countEdges(old, p, c)
+	for _, q := range []*netpol{old, p} {
+		if q == nil {
+			continue
+		}
+		for _, pod := range ns.pods {
+			if pod.subject != nil && !c.subjects[pod.subject.Key] && q.pods.matches(pod.labels) {
+				c.subjects[pod.subject.Key] = true
+			}
+		}
+		if q.egress.isolates {
+			x.touchEgressOf(q, c)
+		}
+	}
+}
+
+// touchEgressOf marks the subjects at which the egress of the identities that a policy selects is part of the verdict.
+func (x *Index) touchEgressOf(p *netpol, c *change) {
+	for _, id := range x.namespace(p.namespace).identities {
+		if p.pods.covers(id.stable, x.namer.Volatile) == none {
+			continue
+		}
+		x.noteEgress(id)
+		for _, s := range x.subjects {
+			if s.uses.byAddress || s.uses.egress[id.id] {
+				c.subjects[s.Key] = true
+			}
+		}
+	}
+}
+
+// noteEgress keeps egressIsolated true for one identity.
+func (x *Index) noteEgress(id *ident) {
+	delete(x.egressIsolated, id.id)
+	if len(id.pods) == 0 {
+		return
+	}
+	for _, p := range x.namespace(id.namespace).policies {
+		if p.egress.isolates && p.pods.covers(id.stable, x.namer.Volatile) != none {
+			x.egressIsolated[id.id] = true
+			return
+		}
+	}
+}
+
+// countEdges follows which ipBlock boundaries lie inside the pod network and which volatile labels selectors mention: both take
+// part in what tells subjects apart. Where they change, pods may move to other subjects.
+func (x *Index) countEdges(old, p *netpol, c *change) {
+	edges, keys := map[netip.Prefix]int{}, map[string]int{}
+	count := func(q *netpol, by int) {
+		if q == nil {
+			return
+		}
+		for i := range q.egress.rules {
+			for _, b := range q.egress.rules[i].blocks {
+				for _, e := range append([]netip.Prefix{b.cidr}, b.except...) {
+					if x.insidePodNetwork(e) {
+						edges[e] += by
+					}
+				}
+			}
+		}
+		for _, s := range q.selectors() {
+			for i := range s.requirements {
+				if k := s.requirements[i].Key(); x.namer.Volatile(k) {
+					keys[k] += by
+				}
+			}
+		}
+	}
+	count(old, -1)
+	count(p, 1)
+	moved := map[*pod]bool{}
+	for e, n := range edges {
+		if n == 0 {
+			continue
+		}
+		had, _ := x.boundaries.Get(e)
+		if had+n == 0 {
+			x.boundaries.Delete(e)
+		} else {
+			x.boundaries.Insert(e, had+n)
+		}
+		if (had == 0) != (had+n == 0) {
+			for _, pod := range x.pods {
+				if slices.ContainsFunc(pod.ips, e.Contains) {
+					moved[pod] = true
+				}
+			}
+		}
+	}
+	for k, n := range keys {
+		had := x.volatileKeys[k]
+		x.volatileKeys[k] = had + n
+		if had+n == 0 {
+			delete(x.volatileKeys, k)
+		}
+		if (had == 0) != (had+n == 0) {
+			for _, pod := range x.pods {
+				if _, has := pod.labels[k]; has {
+					moved[pod] = true
+				}
+			}
+		}
+	}
+	for pod := range moved {
+		x.rekey(pod, c)
+	}
+}
+
+// insidePodNetwork reports whether a prefix can tell pods apart: it holds some of the pod network of its family, and not all.
+func (x *Index) insidePodNetwork(e netip.Prefix) bool {
+	holdsAll, touches := true, false
+	for _, n := range x.podNetwork {
+		if family(n.Addr()) != family(e.Addr()) {
+			continue
+		}
+		touches = touches || n.Overlaps(e)
+		holdsAll = holdsAll && e.Bits() <= n.Bits() && e.Contains(n.Addr())
+	}
+	return touches && !holdsAll
+}
+
+// selectors lists the selectors of a policy: its own and its pod peers.
+func (p *netpol) selectors() []*selector {
+	out := []*selector{p.pods}
+	for _, d := range []*direction{&p.ingress, &p.egress} {
+		for i := range d.rules {
+			for _, s := range d.rules[i].selectors {
+				out = append(out, s.pods)
+			}
+		}
+	}
+	return out
+}
+
+func cmpString(a, b string) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}

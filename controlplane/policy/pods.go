@@ -1,0 +1,304 @@
+package policy
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/mantlet/mantlet/identity"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// pod is what decides about a pod.
+type pod struct {
+	key       string // "namespace/name"
+	namespace string
+	labels    map[string]string
+	ips       []netip.Addr
+	hostIPs   []netip.Addr
+	ports     []namedPort
+	sidecar   bool
+	ident     *ident
+	subject   *Subject
+}
+
+// ident is an identity and the pods that have it now.
+type ident struct {
+	id        spiffeid.ID
+	namespace string
+	stable    map[string]string
+	pods      map[string]*pod
+}
+
+func (i *ident) sorted() []*pod {
+	out := slices.Collect(maps.Values(i.pods))
+	slices.SortFunc(out, func(a, b *pod) int { return cmpString(a.key, b.key) })
+	return out
+}
+
+func (i *ident) any() *pod { return first(i.pods) }
+
+// first is the pod with the least key, so that "any" is always the same one.
+func first(pods map[string]*pod) *pod {
+	var out *pod
+	for _, p := range pods {
+		if out == nil || p.key < out.key {
+			out = p
+		}
+	}
+	return out
+}
+
+// portsDiffer reports whether pods of the identity call different ports by a name.
+func (i *ident) portsDiffer() bool {
+	var ref *pod
+	for _, p := range i.pods {
+		if ref == nil {
+			ref = p
+		}
+		if !slices.Equal(ref.ports, p.ports) {
+			return true
+		}
+	}
+	return false
+}
+
+// Subject is a set of pods that share all verdicts.
+type Subject struct {
+	Key  string // opaque and stable: equal inputs, equal key
+	ID   spiffeid.ID
+	Mode verdict.Mode
+
+	pods     map[string]*pod
+	uses     uses
+	verdicts *verdict.Verdicts
+	ingress  *verdict.Evaluator
+	egress   *verdict.Evaluator
+}
+
+func (s *Subject) any() *pod { return first(s.pods) }
+
+// Pods lists the pods of the subject, "namespace/name", sorted.
+func (s *Subject) Pods() []string { return slices.Sorted(maps.Keys(s.pods)) }
+
+// uses is what the last compilation of a subject read, beside the policies that select it.
+type uses struct {
+	selectors      map[string]*peerSelector
+	egress         map[spiffeid.ID]bool // identities whose egress policy is part of the verdicts
+	ports          map[spiffeid.ID]bool // identities whose named ports are
+	byAddress      bool                 // the egress of every identity is, and every pod without a sidecar
+	namedByAddress bool                 // the named ports of every pod are
+}
+
+// setPod puts a pod in. Pods that use the node's network and pods that have ended are not pods to a policy.
+func (x *Index) setPod(o *corev1.Pod, c *change) error {
+	key := o.Namespace + "/" + o.Name
+	if o.Spec.HostNetwork || o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed {
+		x.removePod(key, c)
+		return nil
+	}
+	id, err := x.namer.ID(identity.Workload{Namespace: o.Namespace, ServiceAccount: o.Spec.ServiceAccountName, Labels: o.Labels})
+	if err != nil {
+		return fmt.Errorf("pod %s: %w", key, err)
+	}
+	p := &pod{
+		key: key, namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
+		sidecar: o.Annotations[SidecarAnnotation] == SidecarInjected,
+	}
+	if p.ips, err = podAddrs(o.Status.PodIP, o.Status.PodIPs); err != nil {
+		return fmt.Errorf("pod %s: status.podIPs: %w", key, err)
+	}
+	if p.hostIPs, err = hostAddrs(o.Status.HostIP, o.Status.HostIPs); err != nil {
+		return fmt.Errorf("pod %s: status.hostIPs: %w", key, err)
+	}
+	old := x.pods[key]
+	if old != nil && old.same(p, id) {
+		return nil
+	}
+	x.removePod(key, c)
+	x.insertPod(p, id, o.Labels, c)
+	return nil
+}
+
+// same reports whether nothing that decides has changed.
+func (p *pod) same(q *pod, id spiffeid.ID) bool {
+	return p.ident.id == id && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
+		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports)
+}
+
+func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *change) {
+	ns := x.namespace(p.namespace)
+	i, ok := x.identities[id]
+	if !ok {
+		i = &ident{id: id, namespace: p.namespace, stable: x.namer.Stable(labels), pods: map[string]*pod{}}
+		x.identities[id], ns.identities[id] = i, i
+	}
+	portsDiffered := i.portsDiffer()
+	p.ident = i
+	i.pods[p.key], ns.pods[p.key], x.pods[p.key] = p, p, p
+	for _, a := range p.ips {
+		x.byAddr[a] = p
+	}
+	c.pods[p.key] = true
+	x.noteEgress(i)
+	x.touchPeersOf(p, !ok || i.portsDiffer() != portsDiffered || len(i.pods) == 1, c)
+	x.rekey(p, c)
+}
+
+func (x *Index) removePod(key string, c *change) {
+	p := x.pods[key]
+	if p == nil {
+		return
+	}
+	i := p.ident
+	portsDiffered := i.portsDiffer()
+	delete(x.pods, key)
+	delete(x.namespace(p.namespace).pods, key)
+	delete(i.pods, key)
+	for _, a := range p.ips {
+		if x.byAddr[a] == p {
+			delete(x.byAddr, a)
+		}
+	}
+	c.pods[key] = true
+	gone := len(i.pods) == 0
+	x.touchPeersOf(p, gone || i.portsDiffer() != portsDiffered, c)
+	if gone {
+		delete(x.identities, i.id)
+		delete(x.namespace(p.namespace).identities, i.id)
+	}
+	x.noteEgress(i)
+	x.leaveSubject(p)
+}
+
+// touchPeersOf marks the subjects that list a pod: by address if it has no sidecar or if rules tell the pods of its identity
+// apart, and by identity if that is new, gone, or means other ports than before. One more replica of a known identity marks nobody.
+func (x *Index) touchPeersOf(p *pod, identityChanged bool, c *change) {
+	id := p.ident
+	ns := x.namespace(p.namespace)
+	apart := x.egressTellsApart(id)
+	for _, s := range x.subjects {
+		u := &s.uses
+		if c.subjects[s.Key] {
+			continue
+		}
+		if u.byAddress && (!p.sidecar || apart || identityChanged && x.egressIsolated[id.id]) ||
+			u.egress[id.id] && apart || u.ports[id.id] && identityChanged || u.namedByAddress && len(p.ports) > 0 {
+			c.subjects[s.Key] = true
+			continue
+		}
+		for _, sel := range u.selectors {
+			if !sel.namespaceMatches(ns) {
+				continue
+			}
+			m := sel.pods.covers(id.stable, x.namer.Volatile)
+			if m == some || m == every && (identityChanged || !p.sidecar || apart) {
+				c.subjects[s.Key] = true
+				break
+			}
+		}
+	}
+}
+
+// rekey puts a pod into the subject that it belongs to.
+func (x *Index) rekey(p *pod, c *change) {
+	ns := x.namespace(p.namespace)
+	mode, _ := x.modeOf(ns)
+	key := x.subjectKey(p, mode)
+	if p.subject != nil && p.subject.Key == key {
+		return
+	}
+	x.leaveSubject(p)
+	s, ok := x.subjects[key]
+	if !ok {
+		s = &Subject{Key: key, ID: p.ident.id, Mode: mode, pods: map[string]*pod{}}
+		x.subjects[key] = s
+		c.subjects[key] = true
+	}
+	s.pods[p.key] = p
+	p.subject = s
+	c.pods[p.key] = true
+}
+
+func (x *Index) leaveSubject(p *pod) {
+	s := p.subject
+	if s == nil {
+		return
+	}
+	p.subject = nil
+	delete(s.pods, p.key)
+	if len(s.pods) == 0 {
+		delete(x.subjects, s.Key)
+		delete(x.dirty, s.Key)
+	}
+}
+
+// subjectKey writes down everything that the compiler reads of a pod.
+func (x *Index) subjectKey(p *pod, mode verdict.Mode) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s", p.ident.id, mode)
+	for _, np := range p.ports {
+		fmt.Fprintf(&b, " %s=%d/%s", np.name, np.number, np.protocol)
+	}
+	for _, k := range slices.Sorted(maps.Keys(x.volatileKeys)) {
+		if v, ok := p.labels[k]; ok {
+			fmt.Fprintf(&b, " %s=%s", k, v)
+		}
+	}
+	for _, a := range p.ips {
+		fmt.Fprintf(&b, " v%d", family(a))
+		for e := range x.boundaries.Supernets(host(a)) {
+			fmt.Fprintf(&b, ",%s", e)
+		}
+	}
+	return b.String()
+}
+
+// plainPods lists the pods without a sidecar, sorted.
+func (x *Index) plainPods() []*pod {
+	var out []*pod
+	for _, p := range x.pods {
+		if !p.sidecar {
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, func(a, b *pod) int { return cmpString(a.key, b.key) })
+	return out
+}
+
+// podAddrs reads status.podIPs, or podIP where that is all there is. Addresses are unmapped, in the order given.
+func podAddrs(ip string, ips []corev1.PodIP) ([]netip.Addr, error) {
+	var list []string
+	for _, i := range ips {
+		list = append(list, i.IP)
+	}
+	return addrs(ip, list)
+}
+
+func hostAddrs(ip string, ips []corev1.HostIP) ([]netip.Addr, error) {
+	var list []string
+	for _, i := range ips {
+		list = append(list, i.IP)
+	}
+	return addrs(ip, list)
+}
+
+func addrs(one string, list []string) ([]netip.Addr, error) {
+	if len(list) == 0 && one != "" {
+		list = []string{one}
+	}
+	var out []netip.Addr
+	for _, s := range list {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a.Unmap().WithZone(""))
+	}
+	return out, nil
+}

@@ -1,0 +1,312 @@
+package policy
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// cell is what the compiler knows of some or all pods of a peer identity: which rules admit them by selector, and what their own
+// policy leaves open towards the subject.
+type cell struct {
+	addrs  []netip.Addr // nil: every pod of the identity
+	admits []admit
+	gates  [2]*gate // the peer's own egress, for IPv4 and IPv6; nil: open
+}
+
+type admit struct {
+	rule  int
+	ports *portSet
+}
+
+type gate struct {
+	ports  *portSet
+	reason verdict.Reason
+}
+
+// peerIdentity is a peer that the table lists by name.
+type peerIdentity struct {
+	id    spiffeid.ID
+	cells []cell
+}
+
+// portedArea is what a rule admits by address, with its ports.
+type portedArea struct {
+	area
+	ports *portSet
+}
+
+// draft is everything that one isolated direction of a subject says, before it is laid out by port.
+type draft struct {
+	rules        []verdict.Rule
+	reasons      []verdict.Reason // of the rules, by the same index
+	identities   []peerIdentity   // sorted by ID
+	identified   []portedArea     // admit peers with an identity by address
+	anonymous    []portedArea     // admit peers without one by address
+	closed       []netip.Prefix   // here anonymous does not reach; only known does
+	closedReason verdict.Reason
+	known        []cell // peers without identity that are known by their addresses
+}
+
+// family indexes cell.gates.
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}
+
+// layout turns a draft into blocks: it cuts the ports where any set begins or ends, and groups the pieces for which every set
+// answers alike, so that ports with the same peers share one list.
+func (d *draft) layout(isolating []string) verdict.Table {
+	t := verdict.Table{Isolating: isolating, Rules: d.rules, Reasons: []verdict.Reason{}, Blocks: []verdict.Block{}}
+	reasons := map[verdict.Reason]int{}
+	intern := func(r verdict.Reason) int {
+		i, ok := reasons[r]
+		if !ok {
+			i = len(t.Reasons)
+			reasons[r] = i
+			t.Reasons = append(t.Reasons, r)
+		}
+		return i
+	}
+	sets := d.portSets()
+	for _, proto := range verdict.Protocols {
+		bySignature := map[string]int{}
+		byPeers := map[string]int{}
+		var blocks []verdict.Block
+		for _, piece := range pieces(sets, proto) {
+			sig := signature(sets, proto, piece.First)
+			i, seen := bySignature[sig]
+			if !seen {
+				peers := d.peersAt(proto, piece.First, intern)
+				i = -1
+				if !peers.empty() {
+					key := peers.key()
+					var known bool
+					if i, known = byPeers[key]; !known {
+						i = len(blocks)
+						byPeers[key] = i
+						blocks = append(blocks, verdict.Block{Protocol: proto, Peers: verdict.Peers(peers)})
+					}
+				}
+				bySignature[sig] = i
+			}
+			if i >= 0 {
+				blocks[i].Ports = normalize(append(blocks[i].Ports, piece))
+			}
+		}
+		t.Blocks = append(t.Blocks, blocks...)
+	}
+	return t
+}
+
+// portSets lists every distinct set that the draft mentions, in a fixed order.
+func (d *draft) portSets() []*portSet {
+	var out []*portSet
+	seen := map[*portSet]bool{}
+	add := func(s *portSet) {
+		if s != nil && !seen[s] {
+			seen[s] = true
+			out = append(out, s)
+		}
+	}
+	cells := func(cs []cell) {
+		for i := range cs {
+			for _, a := range cs[i].admits {
+				add(a.ports)
+			}
+			for _, g := range cs[i].gates {
+				if g != nil {
+					add(g.ports)
+				}
+			}
+		}
+	}
+	for i := range d.identities {
+		cells(d.identities[i].cells)
+	}
+	for _, a := range d.identified {
+		add(a.ports)
+	}
+	for _, a := range d.anonymous {
+		add(a.ports)
+	}
+	cells(d.known)
+	return out
+}
+
+// pieces cuts 1..65535 at every boundary of the sets.
+func pieces(sets []*portSet, proto verdict.Protocol) []verdict.PortRange {
+	cuts := []int{1, 65536}
+	for _, s := range sets {
+		for _, r := range s[proto] {
+			cuts = append(cuts, int(r.First), int(r.Last)+1)
+		}
+	}
+	slices.Sort(cuts)
+	cuts = slices.Compact(cuts)
+	var out []verdict.PortRange
+	for i := 0; i+1 < len(cuts); i++ {
+		out = append(out, verdict.PortRange{First: uint16(cuts[i]), Last: uint16(cuts[i+1] - 1)})
+	}
+	return out
+}
+
+func signature(sets []*portSet, proto verdict.Protocol, port uint16) string {
+	var b strings.Builder
+	for _, s := range sets {
+		if s.has(proto, port) {
+			b.WriteByte('1')
+		} else {
+			b.WriteByte('0')
+		}
+	}
+	return b.String()
+}
+
+type peers verdict.Peers
+
+func (p *peers) empty() bool {
+	return len(p.ByIdentity) == 0 && len(p.Identified) == 0 && len(p.Anonymous) == 0
+}
+
+func (p *peers) key() string {
+	b, err := json.Marshal(p)
+	if err != nil { // plain data
+		panic(fmt.Sprintf("policy: marshal peers: %v", err))
+	}
+	return string(b)
+}
+
+// outcome of one cell at one port in one family.
+type outcome struct {
+	falls   bool // no rule names the cell: the address decides, by the region
+	verdict verdict.Verdict
+}
+
+func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict.Reason) int) peers {
+	var p peers
+	allow := func(rule int) verdict.Verdict { return verdict.Verdict{Allow: true, Reason: intern(d.reasons[rule])} }
+	identified := region(active(d.identified, proto, port))
+	decide := func(c *cell, fam int, byAddress bool) outcome {
+		g := c.gates[fam]
+		open := g == nil || g.ports.has(proto, port)
+		for _, a := range c.admits {
+			if a.ports.has(proto, port) {
+				if open {
+					return outcome{verdict: allow(a.rule)}
+				}
+				return outcome{verdict: verdict.Verdict{Reason: intern(g.reason)}}
+			}
+		}
+		if byAddress && !open {
+			return outcome{verdict: verdict.Verdict{Reason: intern(g.reason)}}
+		}
+		return outcome{falls: true}
+	}
+	prefixes := func(entries []regionEntry, fam int, none func() int) []verdict.Prefix {
+		var out []verdict.Prefix
+		for _, e := range entries {
+			if fam >= 0 && family(e.prefix.Addr()) != fam {
+				continue
+			}
+			if e.rule >= 0 {
+				out = append(out, verdict.Prefix{Prefix: e.prefix, Verdict: allow(e.rule)})
+			} else {
+				out = append(out, verdict.Prefix{Prefix: e.prefix, Verdict: verdict.Verdict{Reason: none()}})
+			}
+		}
+		return out
+	}
+	carved := func() int {
+		return intern(verdict.Reason{Text: "the address lies in an except of every ipBlock that holds it"})
+	}
+
+	for i := range d.identities {
+		id := &d.identities[i]
+		entry := verdict.Identity{ID: id.id}
+		listed := false
+		if len(id.cells) == 1 && id.cells[0].addrs == nil {
+			c := &id.cells[0]
+			o4, o6 := decide(c, 0, len(identified) > 0), decide(c, 1, len(identified) > 0)
+			switch {
+			case o4 == o6 && o4.falls:
+				continue
+			case o4 == o6:
+				entry.Verdict, listed = o4.verdict, true
+			default:
+				for fam, o := range []outcome{o4, o6} {
+					if o.falls {
+						entry.Addresses = append(entry.Addresses, prefixes(identified, fam, carved)...)
+					} else {
+						entry.Addresses = append(entry.Addresses, verdict.Prefix{Prefix: everywhere[fam], Verdict: o.verdict})
+					}
+				}
+				entry.Verdict = verdict.Verdict{Reason: intern(verdict.Reason{Text: "no rule admits this peer in this address family"})}
+				listed = true
+			}
+		} else {
+			for j := range id.cells {
+				c := &id.cells[j]
+				for _, a := range c.addrs {
+					o := decide(c, family(a), len(identified) > 0)
+					if o.falls {
+						rule := regionRule(identified, a)
+						if rule < 0 {
+							continue
+						}
+						o.verdict = allow(rule)
+					}
+					entry.Addresses = append(entry.Addresses, verdict.Prefix{Prefix: host(a), Verdict: o.verdict})
+				}
+			}
+			if listed = len(entry.Addresses) > 0 || len(identified) > 0; listed {
+				entry.Verdict = verdict.Verdict{Reason: intern(verdict.Reason{
+					Text: "rules tell the pods of this identity apart, and none of them admits the one with this address"})}
+			}
+		}
+		if listed {
+			sortPrefixes(entry.Addresses)
+			p.ByIdentity = append(p.ByIdentity, entry)
+		}
+	}
+	p.Identified = prefixes(identified, -1, carved)
+
+	anonymous := region(active(d.anonymous, proto, port))
+	outside := without(anonymous, d.closed)
+	p.Anonymous = prefixes(outside, -1, func() int { return intern(d.closedReason) })
+	for i := range d.known {
+		c := &d.known[i]
+		for _, a := range c.addrs {
+			o := decide(c, family(a), false)
+			if o.falls {
+				if regionRule(outside, a) < 0 {
+					continue
+				}
+				o.verdict = verdict.Verdict{Reason: intern(d.closedReason)}
+			}
+			p.Anonymous = append(p.Anonymous, verdict.Prefix{Prefix: host(a), Verdict: o.verdict})
+		}
+	}
+	sortPrefixes(p.Identified)
+	sortPrefixes(p.Anonymous)
+	return p
+}
+
+// active picks the areas whose rule speaks of a port.
+func active(areas []portedArea, proto verdict.Protocol, port uint16) []area {
+	var out []area
+	for _, a := range areas {
+		if a.ports.has(proto, port) {
+			out = append(out, a.area)
+		}
+	}
+	return out
+}

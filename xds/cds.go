@@ -1,0 +1,147 @@
+package xds
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	internalv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/internal_upstream/v3"
+	rawv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/raw_buffer/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	envoymatcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// connectTimeout bounds a TCP connect with TLS handshake to another pod, or a connect to the app.
+const connectTimeout = 5 * time.Second
+
+// Clusters are the clusters that every sidecar has, the same for all.
+func Clusters() []*clusterv3.Cluster {
+	originalDestination := func(name string) *clusterv3.Cluster {
+		return &clusterv3.Cluster{
+			Name:                 name,
+			ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+			LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
+			ConnectTimeout:       durationpb.New(connectTimeout),
+			CircuitBreakers:      unlimited(),
+		}
+	}
+	gate := static(names.ClusterToGate, []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
+		Address: &corev3.Address{Address: &corev3.Address_EnvoyInternalAddress{EnvoyInternalAddress: &corev3.EnvoyInternalAddress{
+			AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: names.Gate},
+		}}},
+	}}}})
+	gate.TransportSocket = transportSocket("internal_upstream", &internalv3.InternalUpstreamTransport{TransportSocket: raw()})
+	return []*clusterv3.Cluster{
+		originalDestination(names.ClusterApp),
+		static(names.ClusterDeny, nil),
+		originalDestination(names.ClusterPassthrough),
+		gate,
+	}
+}
+
+// unlimited lifts Envoy's default of 1,024 connections per cluster: the app's own limits are to hold, not ours.
+func unlimited() *clusterv3.CircuitBreakers {
+	many := wrapperspb.UInt32(1 << 30)
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+		MaxConnections: many, MaxPendingRequests: many, MaxRequests: many, MaxRetries: wrapperspb.UInt32(3),
+	}}}
+}
+
+func static(name string, endpoints []*endpointv3.LbEndpoint) *clusterv3.Cluster {
+	la := &endpointv3.ClusterLoadAssignment{ClusterName: name}
+	if len(endpoints) > 0 {
+		la.Endpoints = []*endpointv3.LocalityLbEndpoints{{LbEndpoints: endpoints}}
+	}
+	return &clusterv3.Cluster{
+		Name:                 name,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+		LbPolicy:             clusterv3.Cluster_RANDOM, // as kube-proxy does
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		LoadAssignment:       la,
+		CircuitBreakers:      unlimited(),
+	}
+}
+
+func raw() *corev3.TransportSocket { return transportSocket("raw_buffer", &rawv3.RawBuffer{}) }
+
+// Endpoint is where an on-demand cluster may connect to.
+type Endpoint struct {
+	Addr netip.AddrPort
+	// ID is who must answer, by mTLS; zero for a plaintext endpoint: one without a sidecar, or the pod itself.
+	ID spiffeid.ID
+}
+
+// matchKey is the endpoint metadata by which Envoy picks a transport socket.
+const matchKey = "envoy.transport_socket_match"
+
+// OnDemand is the cluster for one destination as one identity may reach it. Each endpoint must prove the very SAN that is expected
+// of it. Without endpoints every connection is closed at once.
+func OnDemand(name string, endpoints []Endpoint) *clusterv3.Cluster {
+	var hosts []*endpointv3.LbEndpoint
+	var sockets []*clusterv3.Cluster_TransportSocketMatch
+	seen := map[spiffeid.ID]bool{}
+	for _, e := range endpoints {
+		key := structpb.NewStringValue(e.ID.String()) // "" for plaintext
+		match := &structpb.Struct{Fields: map[string]*structpb.Value{"id": key}}
+		hosts = append(hosts, &endpointv3.LbEndpoint{
+			HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address(e.Addr.Addr(), uint32(e.Addr.Port()))}},
+			Metadata:       &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{matchKey: match}},
+		})
+		if seen[e.ID] {
+			continue
+		}
+		seen[e.ID] = true
+		socket := raw()
+		if !e.ID.IsZero() {
+			socket = upstreamTLS(e.ID)
+		}
+		sockets = append(sockets, &clusterv3.Cluster_TransportSocketMatch{Name: e.ID.String() + "/", Match: match, TransportSocket: socket})
+	}
+	c := static(name, hosts)
+	c.TransportSocketMatches = sockets
+	// An endpoint that matches none of the above must never be reached in plaintext.
+	if len(hosts) > 0 {
+		c.TransportSocket = upstreamTLS(nobody)
+	}
+	return c
+}
+
+// nobody is an identity that no workload has.
+var nobody = spiffeid.RequireFromString("spiffe://mantlet.invalid/nobody")
+
+func upstreamTLS(id spiffeid.ID) *corev3.TransportSocket {
+	c := commonTLS()
+	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+		DefaultValidationContext: &tlsv3.CertificateValidationContext{
+			MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
+				SanType: tlsv3.SubjectAltNameMatcher_URI,
+				Matcher: &envoymatcherv3.StringMatcher{MatchPattern: &envoymatcherv3.StringMatcher_Exact{Exact: id.String()}},
+			}},
+		},
+		ValidationContextSdsSecretConfig: secret(names.SecretBundle),
+	}}
+	return transportSocket("tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: c, MaxSessionKeys: wrapperspb.UInt32(0)})
+}
+
+// ParseOnDemand reads the name of an on-demand cluster, "od|IP:PORT" with an IPv6 address in brackets.
+func ParseOnDemand(name string) (netip.AddrPort, error) {
+	rest, ok := strings.CutPrefix(name, names.OnDemandPrefix)
+	if !ok {
+		return netip.AddrPort{}, fmt.Errorf("cluster %q: on-demand names begin with %q", name, names.OnDemandPrefix)
+	}
+	a, err := netip.ParseAddrPort(rest)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("cluster %q: %w", name, err)
+	}
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
+}

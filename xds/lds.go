@@ -1,0 +1,226 @@
+package xds
+
+import (
+	"net/netip"
+	"time"
+
+	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	filterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	tlsinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/rbac/v3"
+	setfilterstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/set_filter_state/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	networkv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// sniffTimeout bounds the wait for a ClientHello. A client that has said nothing by then counts as plaintext: clients of
+// server-first plaintext protocols wait this long for the banner. A sidecar that is slower than this is taken for plaintext and
+// refused, so that it must outlast the handshake queue of a busy machine.
+const sniffTimeout = time.Second
+
+// earlyData is how much of a connection Envoy holds until the TLS handshake is done and the next hop is connected.
+const earlyData = 8192
+
+// Inbound captures what arrives at the pod and tells apart mTLS, plaintext and the own node. It depends on nothing but the
+// addresses of the pod's node.
+func Inbound(node []netip.Addr) *listenerv3.Listener {
+	toPlainOrNode := chain(names.ChainPlain)
+	if len(node) > 0 {
+		var routes []route
+		for _, a := range node {
+			routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), chain(names.ChainNode), names.ChainNode})
+		}
+		toPlainOrNode = then(trie(sourceIP(), routes, chain(names.ChainPlain)))
+	}
+	// The ALPN input writes the list of protocols quoted and joined by commas; a sidecar offers this one and no other.
+	alpn := exact(extension("alpn", &networkv3.ApplicationProtocolInput{}),
+		map[string]*matcherv3.Matcher_OnMatch{"'" + names.ALPN + "'": chain(names.ChainMTLS)}, toPlainOrNode)
+	transport := exact(extension("transport", &networkv3.TransportProtocolInput{}),
+		map[string]*matcherv3.Matcher_OnMatch{"tls": then(alpn)}, toPlainOrNode)
+	capture := exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{
+		"15001": chain(names.ChainBlackhole),
+		"15006": chain(names.ChainBlackhole),
+	}, then(transport))
+
+	l := capturing(names.Inbound, names.InboundPort)
+	l.TrafficDirection = corev3.TrafficDirection_INBOUND
+	l.ListenerFilters = []*listenerv3.ListenerFilter{originalDst(), listenerFilter("tls_inspector", &tlsinspectorv3.TlsInspector{})}
+	l.ListenerFiltersTimeout = durationpb.New(sniffTimeout)
+	l.ContinueOnListenerFiltersTimeout = true
+	l.AccessLog = accessLog(names.LogInbound)
+	l.FilterChainMatcher = capture
+	l.FilterChains = []*listenerv3.FilterChain{
+		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
+		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
+		{Name: names.ChainNode, Filters: []*listenerv3.Filter{tcpProxy("node", names.ClusterApp)}},
+		{Name: names.ChainPlain, Filters: []*listenerv3.Filter{plainState(), tcpProxy("plain", names.ClusterToGate)}},
+	}
+	return l
+}
+
+// Outbound captures what the app sends. Inside the cluster networks each destination is a cluster on demand; outside, the egress
+// verdicts by address decide at accept.
+func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *listenerv3.Listener {
+	r := rendering{
+		address: destinationIP(),
+		answer:  byChain(names.ChainPassthrough, names.ChainDeny), deny: chain(names.ChainDeny),
+	}
+	// Loopback is never captured: a connection that says it goes there was made to this listener's own port.
+	routes := []route{
+		{netip.MustParsePrefix("127.0.0.0/8"), chain(names.ChainBlackhole), names.ChainBlackhole},
+		{netip.MustParsePrefix("::1/128"), chain(names.ChainBlackhole), names.ChainBlackhole},
+	}
+	for _, p := range cluster {
+		routes = append(routes, route{p, chain(names.ChainMesh), names.ChainMesh})
+	}
+	for _, a := range node {
+		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), chain(names.ChainPassthrough), names.ChainPassthrough})
+	}
+	l := capturing(names.Outbound, names.OutboundPort)
+	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
+	l.ListenerFilters = []*listenerv3.ListenerFilter{originalDst()}
+	l.AccessLog = accessLog(names.LogOutbound)
+	l.FilterChainMatcher = trie(destinationIP(), routes, r.table(&v.Egress))
+	l.FilterChains = []*listenerv3.FilterChain{
+		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
+		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
+		{Name: names.ChainMesh, Filters: []*listenerv3.Filter{nameOnDemand(), onDemand()}},
+		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{tcpProxy("passthrough", names.ClusterPassthrough)}},
+	}
+	return l
+}
+
+// capturing is a listener on both families that the pod's redirect leads to.
+func capturing(name string, port uint32) *listenerv3.Listener {
+	a := address(netip.IPv6Unspecified(), port)
+	a.GetSocketAddress().Ipv4Compat = true
+	return &listenerv3.Listener{Name: name, Address: a, TcpBacklogSize: wrapperspb.UInt32(4096)}
+}
+
+// matcherOf makes a matcher of what may be a bare action.
+func matcherOf(on *matcherv3.Matcher_OnMatch) *matcherv3.Matcher {
+	if m := on.GetMatcher(); m != nil {
+		return m
+	}
+	return &matcherv3.Matcher{OnNoMatch: on}
+}
+
+func listenerFilter(name string, m proto.Message) *listenerv3.ListenerFilter {
+	return &listenerv3.ListenerFilter{Name: name, ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(m)}}
+}
+
+func originalDst() *listenerv3.ListenerFilter {
+	return listenerFilter("original_dst", &originaldstv3.OriginalDst{})
+}
+
+func filter(name string, m proto.Message) *listenerv3.Filter {
+	return &listenerv3.Filter{Name: name, ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(m)}}
+}
+
+func tcpProxy(stat, cluster string) *listenerv3.Filter {
+	return filter("tcp_proxy", &tcpproxyv3.TcpProxy{StatPrefix: stat, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster}})
+}
+
+// toGateAfterHandshake opens the way to the gate when the peer has proved who it is, and does not wait for its first byte: the
+// app may be the one that speaks first.
+func toGateAfterHandshake() *listenerv3.Filter {
+	return filter("tcp_proxy", &tcpproxyv3.TcpProxy{
+		StatPrefix:          "mtls",
+		ClusterSpecifier:    &tcpproxyv3.TcpProxy_Cluster{Cluster: names.ClusterToGate},
+		UpstreamConnectMode: tcpproxyv3.UpstreamConnectMode_ON_DOWNSTREAM_TLS_HANDSHAKE,
+		MaxEarlyDataBytes:   wrapperspb.UInt32(earlyData),
+	})
+}
+
+func rbacFilter() *listenerv3.Filter {
+	return &listenerv3.Filter{Name: names.RBAC, ConfigType: &listenerv3.Filter_ConfigDiscovery{ConfigDiscovery: &corev3.ExtensionConfigSource{
+		ConfigSource: ads(),
+		TypeUrls:     []string{pack(&rbacv3.RBAC{}).TypeUrl},
+	}}}
+}
+
+// state sets one filter state object, handed on to the gate.
+func state(key, factory, format string) *filterstatev3.FilterStateValue {
+	return &filterstatev3.FilterStateValue{
+		Key:                &filterstatev3.FilterStateValue_ObjectKey{ObjectKey: key},
+		FactoryKey:         factory,
+		SharedWithUpstream: filterstatev3.FilterStateValue_ONCE,
+		Value: &filterstatev3.FilterStateValue_FormatString{FormatString: &corev3.SubstitutionFormatString{
+			Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: &corev3.DataSource{
+				Specifier: &corev3.DataSource_InlineString{InlineString: format}}},
+		}},
+	}
+}
+
+// trueAddresses let the gate see the addresses of the captured connection.
+func trueAddresses() []*filterstatev3.FilterStateValue {
+	return []*filterstatev3.FilterStateValue{
+		state("envoy.filters.listener.original_dst.local_ip", "", "%DOWNSTREAM_LOCAL_ADDRESS%"),
+		state("envoy.filters.listener.original_dst.remote_ip", "", "%DOWNSTREAM_REMOTE_ADDRESS%"),
+	}
+}
+
+func mtlsState() *listenerv3.Filter {
+	return filter("set_filter_state", &setfilterstatev3.Config{OnDownstreamTlsHandshake: append(
+		[]*filterstatev3.FilterStateValue{state(names.PeerID, "envoy.string", "%DOWNSTREAM_PEER_URI_SAN%")}, trueAddresses()...)})
+}
+
+func plainState() *listenerv3.Filter {
+	return filter("set_filter_state", &setfilterstatev3.Config{OnNewConnection: append(
+		[]*filterstatev3.FilterStateValue{state(names.PeerID, "envoy.string", names.Plaintext)}, trueAddresses()...)})
+}
+
+// onDemandTimeout bounds how long a first connection waits for the control plane's word; without it the connection is closed.
+const onDemandTimeout = 2 * time.Second
+
+// nameOnDemand names the cluster by the destination.
+func nameOnDemand() *listenerv3.Filter {
+	s := state("envoy.tcp_proxy.cluster", "", names.OnDemandPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%")
+	s.SharedWithUpstream = filterstatev3.FilterStateValue_NONE
+	return filter("set_filter_state", &setfilterstatev3.Config{OnNewConnection: []*filterstatev3.FilterStateValue{s}})
+}
+
+func onDemand() *listenerv3.Filter {
+	return filter("tcp_proxy", &tcpproxyv3.TcpProxy{
+		StatPrefix:       "mesh",
+		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: names.ClusterDeny}, // where the filter state should be missing
+		OnDemand:         &tcpproxyv3.TcpProxy_OnDemand{OdcdsConfig: ads(), Timeout: durationpb.New(onDemandTimeout)},
+	})
+}
+
+// tlsParams are the same at both ends.
+func commonTLS() *tlsv3.CommonTlsContext {
+	return &tlsv3.CommonTlsContext{
+		AlpnProtocols: []string{names.ALPN},
+		TlsParams: &tlsv3.TlsParameters{
+			TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+			TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3,
+		},
+		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(names.SecretWorkload)},
+	}
+}
+
+func downstreamTLS() *corev3.TransportSocket {
+	c := commonTLS()
+	c.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret(names.SecretBundle)}
+	return transportSocket("tls", &tlsv3.DownstreamTlsContext{
+		CommonTlsContext:                 c,
+		RequireClientCertificate:         wrapperspb.Bool(true),
+		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
+		DisableStatefulSessionResumption: true,
+	})
+}
+
+func transportSocket(name string, m proto.Message) *corev3.TransportSocket {
+	return &corev3.TransportSocket{Name: name, ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(m)}}
+}
