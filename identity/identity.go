@@ -107,6 +107,11 @@ func (n *Namer) digest(labels map[string]string) string {
 	return hex.EncodeToString(sum[:16])
 }
 
+// ControlPlane returns the SPIFFE ID of the control plane of a trust domain. It is none that a workload can have.
+func ControlPlane(td spiffeid.TrustDomain) spiffeid.ID {
+	return spiffeid.RequireFromSegments(td, "mantlet", "control-plane")
+}
+
 // Parts are the readable pieces of a workload's SPIFFE ID.
 type Parts struct {
 	Namespace      string

@@ -56,6 +56,7 @@ func TestIdentitiesDiffer(t *testing.T) {
 func TestParseRefuses(t *testing.T) {
 	for _, s := range []string{
 		"spiffe://mantlet.local",
+		ControlPlane(td).String(),
 		"spiffe://mantlet.local/ns/shop/sa/web",
 		"spiffe://mantlet.local/ns/shop/sa/web/labels/abc",
 		"spiffe://mantlet.local/sa/shop/ns/web/labels/0123456789abcdef0123456789abcdef",

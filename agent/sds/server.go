@@ -1,0 +1,124 @@
+// Package sds serves a workload's X.509-SVID and trust bundle to its own Envoy (secret discovery service, xDS v3).
+//
+//	svid.Source ──Updated──► stream: what is subscribed and not yet sent in this version ──► Envoy
+//	                            ▲                                                              │
+//	                            └──────────── subscriptions, ACK, NACK (logged) ◄──────────────┘
+//
+// Two secrets exist, named by xds/names: "workload" (certificate chain and key) and "bundle" (Envoy's SPIFFE validator with the
+// roots of the trust domain). Register the server only on a socket that nobody but the pod's Envoy can reach: it gives away the
+// private key.
+package sds
+
+import (
+	"fmt"
+	"log/slog"
+	"sync"
+
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/mantlet/mantlet/identity/svid"
+)
+
+// typeURL is the type of every resource here.
+const typeURL = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
+
+// Server is the secret discovery service. FetchSecrets (REST polling) is not implemented.
+type Server struct {
+	secretv3.UnimplementedSecretDiscoveryServiceServer
+
+	source svid.Source
+	log    *slog.Logger
+	closed chan struct{}
+	once   sync.Once
+}
+
+// New returns a Server for one workload's source.
+func New(source svid.Source, log *slog.Logger) *Server {
+	return &Server{source: source, log: log, closed: make(chan struct{})}
+}
+
+// Register adds the service to a gRPC server.
+func (s *Server) Register(g *grpc.Server) { secretv3.RegisterSecretDiscoveryServiceServer(g, s) }
+
+// Close ends all streams, now and later ones; call it before grpc.Server.GracefulStop, which waits for them.
+func (s *Server) Close() { s.once.Do(func() { close(s.closed) }) }
+
+// StreamSecrets implements the state-of-the-world variant.
+func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecretsServer) error {
+	return serve(s, &worldStream{log: s.log, send: stream.Send}, stream.Recv, stream)
+}
+
+// DeltaSecrets implements the incremental variant.
+func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecretsServer) error {
+	return serve(s, &deltaStream{log: s.log, send: stream.Send}, stream.Recv, stream)
+}
+
+// variant is one stream's side of the protocol: it remembers subscriptions and what was sent.
+type variant[Req any] interface {
+	receive(Req) error
+	// push sends what is subscribed and not yet sent; have is empty while there is no valid SVID.
+	push(have map[string]secret) error
+}
+
+// serve runs one stream until the client ends it or the Server is closed.
+func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream grpc.ServerStream) error {
+	requests, failed := make(chan Req), make(chan error, 1)
+	go func() { // ends with the stream's context, which ends when serve returns
+		for {
+			req, err := recv()
+			if err != nil {
+				failed <- err
+				return
+			}
+			select {
+			case requests <- req:
+			case <-stream.Context().Done():
+				return
+			}
+		}
+	}()
+	waiting := false
+	for {
+		updated := s.source.Updated() // before reading, so that no change falls in between
+		have, err := secrets(s.source)
+		switch {
+		case err != nil && !waiting:
+			s.log.Warn("no secrets to serve yet; Envoy waits", "reason", err)
+			waiting = true
+		case err == nil:
+			waiting = false
+		}
+		if err := v.push(have); err != nil {
+			return err
+		}
+		select {
+		case <-s.closed:
+			return status.Error(codes.Unavailable, "the agent is shutting down")
+		case <-stream.Context().Done():
+			return status.FromContextError(stream.Context().Err()).Err()
+		case <-failed: // the client has gone or half-closed: nothing to answer
+			return nil
+		case <-updated:
+		case req := <-requests:
+			if err := v.receive(req); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// checkType refuses a request for another type of resource; an empty one is this service's own.
+func checkType(url string) error {
+	if url != "" && url != typeURL {
+		return status.Error(codes.InvalidArgument, fmt.Sprintf("this service has resources of type %s only, not %s", typeURL, url))
+	}
+	return nil
+}
+
+// logNACK reports that Envoy keeps what it had. The same bytes are not sent again: they would be refused again.
+func logNACK(log *slog.Logger, sent map[string]string, reason string) {
+	log.Error("Envoy refused secrets and keeps the previous ones", "secrets", sent, "reason", reason)
+}
