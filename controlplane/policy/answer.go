@@ -57,6 +57,7 @@ func (x *Index) SubjectKeys() []string {
 // Pod is what the rest of the control plane needs to know of a pod.
 type Pod struct {
 	Name    string // "namespace/name"
+	UID     string
 	Subject *Subject
 	Addrs   []netip.Addr
 	NodeIPs []netip.Addr // of the node that it runs on
@@ -69,7 +70,7 @@ func (x *Index) Pod(name string) (Pod, bool) {
 	if !ok {
 		return Pod{}, false
 	}
-	return Pod{Name: p.key, Subject: p.subject, Addrs: p.ips, NodeIPs: p.hostIPs, Sidecar: p.sidecar}, true
+	return Pod{Name: p.key, UID: p.uid, Subject: p.subject, Addrs: p.ips, NodeIPs: p.hostIPs, Sidecar: p.sidecar}, true
 }
 
 // Answer is what becomes of one connection.
@@ -154,4 +155,15 @@ func sourceAddr(p *pod, to netip.Addr) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// SubjectByKey returns a subject, or nil if no pod has it (any more).
+func (x *Index) SubjectByKey(key string) *Subject { return x.subjects[key] }
+
+// ServiceAddrs lists the cluster IPs of a service ("namespace/name").
+func (x *Index) ServiceAddrs(name string) []netip.Addr {
+	if v, ok := x.services.byKey[name]; ok {
+		return v.addrs
+	}
+	return nil
 }

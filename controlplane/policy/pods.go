@@ -17,6 +17,7 @@ import (
 // pod is what decides about a pod.
 type pod struct {
 	key       string // "namespace/name"
+	uid       string
 	namespace string
 	labels    map[string]string
 	ips       []netip.Addr
@@ -107,7 +108,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 		return fmt.Errorf("pod %s: %w", key, err)
 	}
 	p := &pod{
-		key: key, namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
+		key: key, uid: string(o.UID), namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
 		sidecar: o.Annotations[SidecarAnnotation] == SidecarInjected,
 	}
 	if p.ips, err = podAddrs(o.Status.PodIP, o.Status.PodIPs); err != nil {
@@ -127,7 +128,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 
 // same reports whether nothing that decides has changed.
 func (p *pod) same(q *pod, id spiffeid.ID) bool {
-	return p.ident.id == id && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
+	return p.ident.id == id && p.uid == q.uid && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
 		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports)
 }
 

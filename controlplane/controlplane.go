@@ -1,0 +1,296 @@
+package controlplane
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/identity/attest"
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// Config is what a ControlPlane needs to know beside the objects.
+type Config struct {
+	Policy policy.Config
+	// ServiceNetwork holds the ranges from which Services get their cluster IPs.
+	ServiceNetwork []netip.Prefix
+	Log            *slog.Logger // nil: nothing is logged
+}
+
+// ControlPlane holds the policy index and keeps the xDS server's sidecars up to date with it. It is safe for concurrent use.
+type ControlPlane struct {
+	cluster []netip.Prefix // where sidecars find each other: pod and service networks
+	log     *slog.Logger
+	xds     *server.Server
+
+	mu       sync.Mutex
+	index    *policy.Index
+	rendered map[string]*rendered // by subject key
+	inbound  map[string]*server.Resource
+	static   []*server.Resource // clusters, the same for everybody
+	demand   demand
+	loaded   bool // objects are complete: nothing is published before
+}
+
+// rendered is what is made of one subject's verdicts.
+type rendered struct {
+	hash       string
+	gate, rbac *server.Resource
+	sets       map[string]server.Set // by node addresses
+}
+
+// New returns a ControlPlane that publishes through the server made from sc; its Authenticator must be set, its OnDemand is set
+// here.
+func New(c Config, sc server.Config) (*ControlPlane, error) {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	cp := &ControlPlane{
+		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
+		log:      c.Log,
+		index:    policy.NewIndex(c.Policy),
+		rendered: map[string]*rendered{},
+		inbound:  map[string]*server.Resource{},
+		demand:   newDemand(),
+	}
+	for _, cl := range xds.Clusters() {
+		r, err := server.NewResource(cl.Name, cl)
+		if err != nil {
+			return nil, err
+		}
+		cp.static = append(cp.static, r)
+	}
+	sc.OnDemand = cp
+	unsubscribed := sc.OnUnsubscribe
+	sc.OnUnsubscribe = func(c server.Client, names []string) {
+		cp.forgetNames(names)
+		if unsubscribed != nil {
+			unsubscribed(c, names)
+		}
+	}
+	cp.xds = server.New(sc)
+	return cp, nil
+}
+
+// Server is the xDS server that the ControlPlane publishes through.
+func (cp *ControlPlane) Server() *server.Server { return cp.xds }
+
+// Load takes over a whole set of objects and then publishes to everybody. Until it is called nothing is published: half a set of
+// policies would be wrong policy.
+func (cp *ControlPlane) Load(o *policy.Objects) error {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if err := cp.index.ApplyAll(o); err != nil {
+		return err
+	}
+	cp.loaded = true
+	for _, p := range cp.index.Problems() {
+		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
+	}
+	for _, key := range cp.index.SubjectKeys() {
+		if err := cp.publishSubject(key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Apply takes over an object that was created or changed.
+func (cp *ControlPlane) Apply(obj metav1.Object) error { return cp.change(obj, (*policy.Index).Apply) }
+
+// Delete takes an object out.
+func (cp *ControlPlane) Delete(obj metav1.Object) error {
+	return cp.change(obj, (*policy.Index).Delete)
+}
+
+func (cp *ControlPlane) change(obj metav1.Object, how func(*policy.Index, metav1.Object) (policy.Delta, error)) error {
+	gone, err := cp.changeLocked(obj, how)
+	for _, c := range gone { // ends streams, whose callbacks come back here
+		cp.xds.Forget(c)
+	}
+	return err
+}
+
+// changeLocked does all of a change but to forget the sidecars that are gone, which it returns.
+func (cp *ControlPlane) changeLocked(obj metav1.Object, how func(*policy.Index, metav1.Object) (policy.Delta, error)) (gone []server.Client, err error) {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	d, err := how(cp.index, obj)
+	if err != nil || !cp.loaded {
+		return nil, err
+	}
+	stale := map[string]bool{} // on-demand names
+	for _, key := range d.Subjects {
+		before := cp.rendered[key]
+		if err := cp.publishSubject(key); err != nil {
+			return gone, err
+		}
+		if before != nil && cp.rendered[key].hash == before.hash {
+			continue
+		}
+		s := cp.index.SubjectByKey(key)
+		for _, pod := range s.Pods() {
+			cp.demand.collect(stale, podKey(pod))
+			for _, name := range cp.xds.Subscriptions(server.Client(pod)) {
+				stale[name] = true
+			}
+		}
+	}
+	for _, name := range d.Pods {
+		cp.demand.collect(stale, podKey(name))
+		p, ok := cp.index.Pod(name)
+		if !ok {
+			gone = append(gone, server.Client(name))
+			continue
+		}
+		for _, a := range p.Addrs {
+			cp.demand.collect(stale, addrKey(a))
+		}
+		if err := cp.publishPod(p); err != nil {
+			return gone, err
+		}
+	}
+	for _, name := range d.Services {
+		cp.demand.collect(stale, serviceKey(name))
+		for _, a := range cp.index.ServiceAddrs(name) {
+			cp.demand.collect(stale, addrKey(a))
+		}
+	}
+	cp.refresh(stale)
+	cp.sweep()
+	return gone, nil
+}
+
+// refresh has the on-demand clusters with these names resolved anew for everybody who uses them.
+func (cp *ControlPlane) refresh(names map[string]bool) {
+	byClient := map[server.Client][]string{}
+	for name := range names {
+		for _, c := range cp.xds.Subscribers(name) {
+			byClient[c] = append(byClient[c], name)
+		}
+	}
+	for c, list := range byClient {
+		slices.Sort(list)
+		cp.xds.Refresh(c, list...)
+	}
+}
+
+// sweep drops what was rendered for subjects that are gone.
+func (cp *ControlPlane) sweep() {
+	for key := range cp.rendered {
+		if cp.index.SubjectByKey(key) == nil {
+			delete(cp.rendered, key)
+		}
+	}
+}
+
+func (cp *ControlPlane) publishSubject(key string) error {
+	s := cp.index.SubjectByKey(key)
+	for _, name := range s.Pods() {
+		if p, ok := cp.index.Pod(name); ok {
+			if err := cp.publishPod(p); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// publishPod hands a pod's sidecar everything that it should hold, apart from what it asks for.
+func (cp *ControlPlane) publishPod(p policy.Pod) error {
+	if !p.Sidecar || !cp.loaded {
+		return nil
+	}
+	set, err := cp.set(p)
+	if err != nil {
+		return fmt.Errorf("pod %s: %w", p.Name, err)
+	}
+	cp.xds.Publish(server.Client(p.Name), set)
+	return nil
+}
+
+// set returns the resources of a pod's sidecar: those of its subject, and those that depend on its node.
+func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
+	v := cp.index.Verdicts(p.Subject.Key)
+	r := cp.rendered[p.Subject.Key]
+	if hash := v.Hash(); r == nil || r.hash != hash {
+		r = &rendered{hash: hash, sets: map[string]server.Set{}}
+		var err error
+		gate := xds.Gate(v)
+		if r.gate, err = server.NewResource(gate.Name, gate); err != nil {
+			return server.Set{}, err
+		}
+		rbac := xds.RBAC(v)
+		if r.rbac, err = server.NewResource(rbac.Name, rbac); err != nil {
+			return server.Set{}, err
+		}
+		cp.rendered[p.Subject.Key] = r
+	}
+	node := fmt.Sprint(p.NodeIPs)
+	if set, ok := r.sets[node]; ok {
+		return set, nil
+	}
+	inbound, err := cp.inboundFor(node, p.NodeIPs)
+	if err != nil {
+		return server.Set{}, err
+	}
+	outbound, err := resource(xds.Outbound(v, cp.cluster, p.NodeIPs))
+	if err != nil {
+		return server.Set{}, err
+	}
+	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, inbound, outbound)...)
+	if err != nil {
+		return server.Set{}, err
+	}
+	r.sets[node] = set
+	return set, nil
+}
+
+func (cp *ControlPlane) inboundFor(node string, addrs []netip.Addr) (*server.Resource, error) {
+	if r, ok := cp.inbound[node]; ok {
+		return r, nil
+	}
+	r, err := resource(xds.Inbound(addrs))
+	if err != nil {
+		return nil, err
+	}
+	cp.inbound[node] = r
+	return r, nil
+}
+
+func resource(m interface {
+	proto.Message
+	GetName() string
+}) (*server.Resource, error) {
+	return server.NewResource(m.GetName(), m)
+}
+
+// Identity tells the identity of an attested pod (an attest.Lookup).
+func (cp *ControlPlane) Identity(pod attest.Pod) (spiffeid.ID, error) {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	p, ok := cp.index.Pod(pod.String())
+	if !ok || p.UID != pod.UID {
+		return spiffeid.ID{}, fmt.Errorf("%w: %s with UID %s", attest.ErrUnknownPod, pod, pod.UID)
+	}
+	if !p.Sidecar {
+		return spiffeid.ID{}, fmt.Errorf("pod %s is not injected: it gets no identity", pod)
+	}
+	return p.Subject.ID, nil
+}
+
+// Answer decides one connection as the sidecars will (see policy.Index.Answer).
+func (cp *ControlPlane) Answer(from string, proto verdict.Protocol, to netip.AddrPort) policy.Answer {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	return cp.index.Answer(from, proto, to)
+}

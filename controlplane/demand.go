@@ -1,0 +1,112 @@
+package controlplane
+
+import (
+	"net/netip"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds"
+	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// Resolve answers for one destination, for one sidecar: an on-demand cluster with those endpoints that the policies of both ends
+// admit. A destination that is known and denied is a cluster without endpoints; one that nobody has is false.
+func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Resource, bool) {
+	to, err := xds.ParseOnDemand(name)
+	if err != nil {
+		cp.log.Warn("a sidecar asks for a cluster that cannot be", "client", client, "error", err)
+		return nil, false
+	}
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	if !cp.loaded {
+		return nil, false
+	}
+	d, ok := cp.index.Destination(verdict.TCP, to)
+	depends := []string{addrKey(to.Addr())}
+	if d.Service != "" {
+		depends = append(depends, serviceKey(d.Service))
+	}
+	var endpoints []xds.Endpoint
+	for _, e := range d.Endpoints {
+		if e.Pod != "" {
+			depends = append(depends, podKey(e.Pod))
+		}
+		if capturePort(e.Addr) || !cp.index.Answer(string(client), verdict.TCP, e.Addr).Allowed {
+			continue
+		}
+		id := e.ID
+		if !e.Sidecar || e.Pod == string(client) { // to itself a pod talks past its own capture
+			id = spiffeid.ID{}
+		}
+		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id})
+	}
+	cp.demand.note(name, depends)
+	if !ok {
+		return nil, false
+	}
+	r, err := resource(xds.OnDemand(name, endpoints))
+	if err != nil {
+		cp.log.Error("an on-demand cluster cannot be made", "client", client, "cluster", name, "error", err)
+		return nil, false
+	}
+	return r, true
+}
+
+// capturePort reports whether an address is a sidecar's own listener: connecting there from inside would loop.
+func capturePort(a netip.AddrPort) bool {
+	return a.Port() == names.InboundPort || a.Port() == names.OutboundPort
+}
+
+func (cp *ControlPlane) forgetNames(list []string) {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	for _, name := range list {
+		if len(cp.xds.Subscribers(name)) == 0 {
+			cp.demand.forget(name)
+		}
+	}
+}
+
+// demand remembers on what the answer for each on-demand name rests: the address, the service, the pods behind it.
+type demand struct {
+	depends map[string][]string        // name → keys
+	names   map[string]map[string]bool // key → names
+}
+
+func newDemand() demand {
+	return demand{depends: map[string][]string{}, names: map[string]map[string]bool{}}
+}
+
+func podKey(name string) string     { return "pod " + name }
+func serviceKey(name string) string { return "service " + name }
+func addrKey(a netip.Addr) string   { return "address " + a.String() }
+
+func (d *demand) note(name string, keys []string) {
+	d.forget(name)
+	d.depends[name] = keys
+	for _, k := range keys {
+		if d.names[k] == nil {
+			d.names[k] = map[string]bool{}
+		}
+		d.names[k][name] = true
+	}
+}
+
+func (d *demand) forget(name string) {
+	for _, k := range d.depends[name] {
+		delete(d.names[k], name)
+		if len(d.names[k]) == 0 {
+			delete(d.names, k)
+		}
+	}
+	delete(d.depends, name)
+}
+
+func (d *demand) collect(into map[string]bool, key string) {
+	for name := range d.names[key] {
+		into[name] = true
+	}
+}
