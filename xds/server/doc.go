@@ -1,0 +1,2 @@
+// Package server serves delta ADS and keeps the ledger of what each sidecar acknowledged.
+package server

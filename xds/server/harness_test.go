@@ -1,0 +1,155 @@
+package server_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mantlet/mantlet/xds/server"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// clientKey is the metadata in which clients of the tests name themselves.
+const clientKey = "x-test-client"
+
+type byMetadata struct{}
+
+func (byMetadata) Authenticate(ctx context.Context) (server.Client, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	if v := md.Get(clientKey); len(v) == 1 {
+		return server.Client(v[0]), nil
+	}
+	return "", errors.New("no client in the metadata")
+}
+
+// onDemand is what exists on demand, changeable.
+type onDemand struct {
+	mu    sync.Mutex
+	known map[string]*server.Resource
+	asked []string
+}
+
+func (o *onDemand) Resolve(_ server.Client, name string) (*server.Resource, bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.asked = append(o.asked, name)
+	r, ok := o.known[name]
+	return r, ok
+}
+
+func (o *onDemand) set(name string, r *server.Resource) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.known == nil {
+		o.known = map[string]*server.Resource{}
+	}
+	if o.known[name] = r; r == nil {
+		delete(o.known, name)
+	}
+}
+
+// log collects what the server logs.
+type log struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *log) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// bench is a server on a real gRPC server on a unix socket.
+type bench struct {
+	*server.Server
+	socket string
+	od     *onDemand
+	log    *log
+}
+
+func start(t testing.TB, change func(*server.Config)) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	if len(dir) > 80 {
+		dir = shortDir(t)
+	}
+	b := &bench{socket: filepath.Join(dir, "s"), od: &onDemand{}, log: &log{}}
+	cfg := server.Config{Authenticator: byMetadata{}, OnDemand: b.od, Log: slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	if change != nil {
+		change(&cfg)
+	}
+	b.Server = server.New(cfg)
+	l, err := net.Listen("unix", b.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := grpc.NewServer(server.ServerOptions()...)
+	b.Register(g)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = g.Serve(l) }()
+	t.Cleanup(func() {
+		b.Close()
+		g.Stop()
+		<-done
+		if t.Failed() {
+			t.Logf("server log:\n%s", b.log)
+		}
+	})
+	return b
+}
+
+func resource(t testing.TB, name string, m proto.Message) *server.Resource {
+	t.Helper()
+	r, err := server.NewResource(name, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func set(t testing.TB, rs ...*server.Resource) server.Set {
+	t.Helper()
+	s, err := server.NewSet(rs...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// within is a context for what must happen soon; it only bounds a failing test.
+func within(t testing.TB, d time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// await waits for a condition.
+func await(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(15 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("never: %s", what)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}

@@ -1,0 +1,153 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+)
+
+type deltaStream = grpc.BidiStreamingServer[discoveryv3.DeltaDiscoveryRequest, discoveryv3.DeltaDiscoveryResponse]
+
+// stream is one connection of a client. flights, sequence and types are guarded by client.mu.
+type stream struct {
+	client *client
+	id     string // prefix of the nonces: an ACK that belongs to another stream must not fit here
+	wake   chan struct{}
+	end    context.CancelCauseFunc
+
+	flights  map[string]*flight // by nonce
+	sequence uint64
+	types    int
+}
+
+// DeltaAggregatedResources serves one sidecar until its stream ends, is replaced, or the server does.
+//
+// Three goroutines: this one, which waits for the end; one that receives; one that sends. The other two end when this one
+// returns, because gRPC then ends the stream under them.
+func (s *Server) DeltaAggregatedResources(g deltaStream) error {
+	name, err := s.cfg.Authenticator.Authenticate(g.Context())
+	if err != nil || name == "" {
+		s.cfg.Log.Warn("stream refused: not authenticated", "error", err)
+		return status.Error(codes.Unauthenticated, "not authenticated: present the certificate or token of the pod")
+	}
+	ctx, cancel := context.WithCancelCause(g.Context())
+	defer cancel(nil)
+	st := &stream{
+		id:      fmt.Sprintf("%08x", rand.Uint32()),
+		wake:    make(chan struct{}, 1),
+		end:     cancel,
+		flights: map[string]*flight{},
+	}
+	if err := s.attach(name, st); err != nil {
+		return err
+	}
+	defer s.running.Done()
+	go func() { defer s.running.Done(); cancel(s.receive(st, g)) }()
+	go func() { defer s.running.Done(); cancel(s.send(ctx, st, g)) }()
+	<-ctx.Done()
+	err = context.Cause(ctx)
+	s.detach(st)
+	s.cfg.Log.Info("sidecar disconnected", "client", name, "reason", err)
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return nil // the client ended it
+}
+
+// StreamAggregatedResources refuses the state-of-the-world variant in words.
+func (s *Server) StreamAggregatedResources(grpc.BidiStreamingServer[discoveryv3.DiscoveryRequest, discoveryv3.DiscoveryResponse]) error {
+	return status.Error(codes.Unimplemented, "only delta xDS is served: set api_type DELTA_GRPC in ads_config")
+}
+
+func (s *Server) receive(st *stream, g deltaStream) error {
+	for {
+		req, err := g.Recv()
+		if errors.Is(err, io.EOF) {
+			return errors.New("closed by the client")
+		}
+		if err != nil {
+			return err
+		}
+		out, err := s.request(st, req)
+		if err != nil {
+			s.cfg.Log.Error("stream ended: bad request", "client", st.client.name, "type", req.TypeUrl, "error", err)
+			return err
+		}
+		s.report(st.client.name, req.TypeUrl, out)
+	}
+}
+
+// report tells the outside what a request brought.
+func (s *Server) report(name Client, typeURL string, out outcome) {
+	log := s.cfg.Log.With("client", name, "type", typeURL)
+	if n := out.nacked; n != nil {
+		for _, resource := range n.names {
+			log.Warn("resource refused by the sidecar (NACK); its previous version stays in force, and these bytes are not sent again", "resource", resource, "reason", n.reason)
+		}
+		if len(n.alone) > 0 {
+			log.Warn("response refused by the sidecar (NACK) without naming a resource; each is sent again alone", "resources", n.alone, "reason", n.reason)
+		}
+		if len(n.names)+len(n.alone) == 0 {
+			log.Warn("empty response refused by the sidecar (NACK)", "reason", n.reason)
+		}
+	}
+	if len(out.refused) > 0 {
+		log.Warn("subscriptions refused: too many names, or a name too long", "count", len(out.refused), "first", shorten(out.refused[0]), "limit", s.cfg.MaxSubscriptions, "length_limit", s.cfg.MaxNameLength)
+	}
+	if len(out.unsubscribed) > 0 {
+		s.cfg.OnUnsubscribe(name, out.unsubscribed)
+	}
+	if len(out.subscribed) > 0 {
+		s.cfg.OnSubscribe(name, out.subscribed)
+	}
+	s.totals.add(typeURL, out.counted)
+	for _, e := range out.events {
+		s.cfg.OnEvent(e)
+	}
+}
+
+// send is the only one that writes to the stream. Whatever happens while it writes is coalesced into its next plan.
+func (s *Server) send(ctx context.Context, st *stream, g deltaStream) error {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-st.wake:
+		case <-timer.C:
+		}
+		s.resolve(st)
+		out, retryIn := st.client.plan(st, &s.cfg)
+		for _, p := range out {
+			if err := g.Send(p.response); err != nil {
+				return err
+			}
+			s.sent(st, p)
+		}
+		if retryIn > 0 {
+			timer.Reset(retryIn)
+		}
+	}
+}
+
+func (s *Server) sent(st *stream, p planned) {
+	c, resp := st.client, p.response
+	counted := Counters{Responses: 1, Resources: uint64(len(resp.Resources)), Removals: uint64(len(resp.RemovedResources)), Bytes: uint64(proto.Size(resp))}
+	c.mu.Lock()
+	c.typeState(resp.TypeUrl).counters.add(counted)
+	c.mu.Unlock()
+	s.totals.add(resp.TypeUrl, counted)
+	for _, it := range p.flight.items {
+		s.cfg.OnEvent(Event{Kind: Sent, Client: c.name, Type: resp.TypeUrl, Name: it.entry.name, Version: it.version, Published: it.wanted, Sent: p.flight.at, At: p.flight.at})
+	}
+}
