@@ -103,9 +103,14 @@ func action(ext *corev3.TypedExtensionConfig) (*Action, error) {
 	if err != nil {
 		return nil, fmt.Errorf("action %q: %w", ext.GetName(), err)
 	}
-	switch config.(type) {
-	case *wrapperspb.StringValue, *rbacconfigv3.Action:
-		return &Action{Name: ext.GetName(), Config: config}, nil
+	switch a := config.(type) {
+	case *wrapperspb.StringValue:
+		return &Action{Name: ext.GetName(), Config: a}, nil
+	case *rbacconfigv3.Action:
+		if err := a.ValidateAll(); err != nil {
+			return nil, fmt.Errorf("action %q: envoy refuses it: %w", ext.GetName(), err)
+		}
+		return &Action{Name: ext.GetName(), Config: a}, nil
 	}
 	return nil, fmt.Errorf("action %q: type %s is unknown here", ext.GetName(), ext.GetTypedConfig().GetTypeUrl())
 }
