@@ -1,0 +1,130 @@
+package netfilter
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+
+	"github.com/google/nftables"
+
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// Config says where TCP is redirected to and whose connections are exempt.
+type Config struct {
+	InboundPort  uint16 // where TCP that arrives at the pod goes
+	OutboundPort uint16 // where TCP that the pod's processes send goes
+	// Mark exempts connections whose socket carries it: the agent's own, and Envoy's where the kernel gives the pod one user only.
+	Mark uint32
+	// UIDs exempt the connections of these users. Users are those of the user namespace that owns the network namespace.
+	UIDs []uint32
+}
+
+// ByUser is the configuration for an Envoy that runs as names.ProxyUID.
+func ByUser() Config {
+	c := ByMark()
+	c.UIDs = []uint32{names.ProxyUID}
+	return c
+}
+
+// ByMark is the configuration for an Envoy whose sockets carry names.ProxyMark.
+func ByMark() Config {
+	return Config{InboundPort: names.InboundPort, OutboundPort: names.OutboundPort, Mark: names.ProxyMark}
+}
+
+// Redirect is the table of one pod. Its methods work in the network namespace of the calling thread.
+type Redirect struct {
+	cfg    Config
+	logger *slog.Logger
+}
+
+// New returns the Redirect of a configuration; the kernel is not asked yet. It fails for a configuration that redirects nowhere
+// or exempts every unmarked socket.
+func New(cfg Config, logger *slog.Logger) (*Redirect, error) {
+	switch {
+	case cfg.InboundPort == 0 || cfg.OutboundPort == 0:
+		return nil, fmt.Errorf("redirect: ports %d and %d: both must be set", cfg.InboundPort, cfg.OutboundPort)
+	case cfg.InboundPort == cfg.OutboundPort:
+		return nil, fmt.Errorf("redirect: port %d cannot take both directions", cfg.InboundPort)
+	case cfg.Mark == 0:
+		return nil, errors.New("redirect: mark 0 is the mark of every ordinary socket; choose another")
+	}
+	cfg.UIDs = slices.Clone(cfg.UIDs)
+	return &Redirect{cfg: cfg, logger: logger}, nil
+}
+
+// Apply writes the table, in one transaction, whether or not there is one already.
+func (r *Redirect) Apply() error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("redirect: open nftables: %w", err)
+	}
+	// Adding a table that exists changes nothing, deleting one that does not is an error: so add, delete, add.
+	conn.AddTable(table())
+	conn.DelTable(table())
+	conn.AddTable(table())
+	for _, want := range r.cfg.chains() {
+		conn.AddChain(want.chain)
+		for _, exprs := range want.rules {
+			conn.AddRule(&nftables.Rule{Table: want.chain.Table, Chain: want.chain, Exprs: exprs})
+		}
+	}
+	if err := conn.Flush(); err != nil {
+		return fmt.Errorf("redirect: write table inet %s (needs CAP_NET_ADMIN and nf_tables with NAT in the kernel): %w", tableName, err)
+	}
+	return nil
+}
+
+// Remove deletes the table. The pod's TCP then passes by Envoy. It is no error if there is no table.
+func (r *Redirect) Remove() error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("redirect: open nftables: %w", err)
+	}
+	conn.DelTable(table())
+	if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("redirect: delete table inet %s: %w", tableName, err)
+	}
+	return nil
+}
+
+// Check reads the table back and fails where it is not what Apply writes: a chain or a rule is missing, changed, added or in
+// another place.
+func (r *Redirect) Check() error {
+	conn, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("redirect: open nftables: %w", err)
+	}
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("redirect: read tables: %w", err)
+	}
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName })
+	if i < 0 {
+		return fmt.Errorf("redirect: table inet %s is gone", tableName)
+	}
+	if tables[i].Flags != 0 {
+		return fmt.Errorf("redirect: table inet %s has flags %#x (dormant?), not 0", tableName, tables[i].Flags)
+	}
+	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("redirect: read chains: %w", err)
+	}
+	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != tableName })
+	want := r.cfg.chains()
+	if len(chains) != len(want) {
+		return fmt.Errorf("redirect: table inet %s has %d chains, not %d", tableName, len(chains), len(want))
+	}
+	for _, w := range want {
+		i := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Name == w.chain.Name })
+		if i < 0 {
+			return fmt.Errorf("redirect: chain %s is gone", w.chain.Name)
+		}
+		if err := w.check(conn, chains[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,477 @@
+package netfilter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"go.uber.org/goleak"
+
+	"github.com/mantlet/mantlet/agent/podtest"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+func TestMain(m *testing.M) { os.Exit(podtest.Main(m)) }
+
+// proxyUID is a user that the tests can be: under one mapped user only root.
+func proxyUID() uint32 {
+	if podtest.SingleUser() {
+		return 0
+	}
+	return names.ProxyUID
+}
+
+// apply writes the table with the given exempt users and removes it after the test.
+func apply(t *testing.T, uids ...uint32) *Redirect {
+	t.Helper()
+	cfg := ByMark()
+	cfg.UIDs = uids
+	r, err := New(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// greet listens and greets whoever connects with word and the destination that it sees, until the test ends.
+func greet(t *testing.T, l net.Listener, word string) {
+	t.Helper()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, word)
+			_ = c.Close()
+		}
+	})
+	t.Cleanup(func() { _ = l.Close(); wg.Wait() })
+}
+
+func listen(t *testing.T, address, word string) {
+	t.Helper()
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	greet(t, l, word)
+}
+
+// reach dials and returns the greeting, or "refused".
+func reach(t *testing.T, d net.Dialer, address string) string {
+	t.Helper()
+	d.Timeout = 5 * time.Second
+	c, err := d.Dial("tcp", address)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return "refused"
+	}
+	if err != nil {
+		t.Fatalf("dial %s: %v", address, err)
+	}
+	defer c.Close()
+	b, err := io.ReadAll(c)
+	if err != nil {
+		t.Fatalf("read from %s: %v", address, err)
+	}
+	return string(b)
+}
+
+func TestOutboundIsCaptured(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	greet(t, outside.Listen(t, "[::]:8080"), "outside")
+	targets := []string{"10.99.0.1:8080", "[fd99::1]:8080"}
+	app := func(target string) string { return reach(t, net.Dialer{}, target) }
+	for _, target := range targets {
+		if got := app(target); got != "outside" {
+			t.Fatalf("%s without a redirect: %q", target, got)
+		}
+	}
+	apply(t, names.ProxyUID)
+	for _, target := range targets {
+		if got := app(target); got != "refused" {
+			t.Errorf("%s while nobody listens on the capture port: %q, not refused", target, got)
+		}
+	}
+	listen(t, "[::]:15001", "captured")
+	for _, target := range targets {
+		if got := app(target); got != "captured" {
+			t.Errorf("%s: %q, not captured", target, got)
+		}
+	}
+}
+
+func TestInboundIsCaptured(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	listen(t, "[::]:8080", "app")
+	apply(t)
+	from := func(target string) (got string) {
+		outside.Do(func() { got = reach(t, net.Dialer{}, target) })
+		return got
+	}
+	targets := []string{"10.99.0.2:8080", "[fd99::2]:8080"}
+	for _, target := range targets {
+		if got := from(target); got != "refused" {
+			t.Errorf("%s while nobody listens on the capture port: %q, not refused", target, got)
+		}
+	}
+	listen(t, "[::]:15006", "captured")
+	for _, target := range append(targets, "10.99.0.2:9", "[fd99::2]:9") {
+		if got := from(target); got != "captured" {
+			t.Errorf("%s: %q, not captured", target, got)
+		}
+	}
+}
+
+func TestExemption(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	greet(t, outside.Listen(t, "[::]:8080"), "outside")
+	listen(t, "[::]:15001", "captured")
+	targets := []string{"10.99.0.1:8080", "[fd99::1]:8080"}
+	asProxy := func(target string) (got string) {
+		podtest.AsUser(int(proxyUID()), func() { got = reach(t, net.Dialer{}, target) })
+		return got
+	}
+	marked := func(target string) string { return reach(t, net.Dialer{Control: Exempt}, target) }
+	app := func(target string) string { return reach(t, net.Dialer{}, target) }
+
+	for _, target := range targets {
+		apply(t, proxyUID())
+		if got := asProxy(target); got != "outside" {
+			t.Errorf("%s as the exempt user: %q", target, got)
+		}
+		if got := marked(target); got != "outside" {
+			t.Errorf("%s with the mark: %q", target, got)
+		}
+		if !podtest.SingleUser() {
+			if got := app(target); got != "captured" {
+				t.Errorf("%s as another user: %q", target, got)
+			}
+		}
+		apply(t) // no user is exempt
+		if got := asProxy(target); got != "captured" {
+			t.Errorf("%s as the proxy's user, with exemption by mark only: %q", target, got)
+		}
+		if got := marked(target); got != "outside" {
+			t.Errorf("%s with the mark, with exemption by mark only: %q", target, got)
+		}
+		other := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+			var err error
+			_ = c.Control(func(fd uintptr) {
+				err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_MARK, names.ProxyMark|1<<16)
+			})
+			return err
+		}}
+		if got := reach(t, other, target); got != "captured" {
+			t.Errorf("%s with another mark: %q", target, got)
+		}
+	}
+}
+
+func TestDialPassesTheRedirect(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	greet(t, outside.Listen(t, "[::]:8080"), "outside")
+	apply(t)
+	c, err := Dial(t.Context(), "tcp", "10.99.0.1:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if b, _ := io.ReadAll(c); string(b) != "outside" {
+		t.Errorf("got %q", b)
+	}
+}
+
+// A pod always reaches itself: over loopback and by its own addresses.
+func TestSelfIsDirect(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	podtest.Connect(t)
+	listen(t, "[::]:8080", "app")
+	listen(t, "[::]:15001", "captured")
+	listen(t, "[::]:15006", "captured")
+	apply(t, names.ProxyUID)
+	for _, target := range []string{"127.0.0.1:8080", "[::1]:8080", "10.99.0.2:8080", "[fd99::2]:8080"} {
+		if got := reach(t, net.Dialer{}, target); got != "app" {
+			t.Errorf("%s: %q, not the app itself", target, got)
+		}
+	}
+}
+
+// UDP is not this table's affair.
+func TestOnlyTCPIsCaptured(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	var there net.PacketConn
+	var err error
+	outside.Do(func() { there, err = net.ListenPacket("udp", "10.99.0.1:8080") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer there.Close()
+	apply(t)
+	here, err := net.Dial("udp", "10.99.0.1:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer here.Close()
+	if _, err := io.WriteString(here, "ping"); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 16)
+	_ = there.SetReadDeadline(time.Now().Add(5 * time.Second))
+	n, from, err := there.ReadFrom(buf)
+	if err != nil || string(buf[:n]) != "ping" {
+		t.Fatalf("outside got %q, %v", buf[:n], err)
+	}
+	if _, err := there.WriteTo([]byte("pong"), from); err != nil {
+		t.Fatal(err)
+	}
+	_ = here.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, err := here.Read(buf); err != nil || string(buf[:n]) != "pong" {
+		t.Fatalf("pod got %q, %v", buf[:n], err)
+	}
+}
+
+// Writing the table again leaves open connections alone, captured and exempt ones alike.
+func TestApplyAgainKeepsConnections(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	r := apply(t)
+	echo := func(l net.Listener) {
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			c, err := l.Accept()
+			if err == nil {
+				_, _ = io.Copy(c, c)
+				_ = c.Close()
+			}
+		})
+		t.Cleanup(func() { _ = l.Close(); wg.Wait() })
+	}
+	capture, err := net.Listen("tcp", "[::]:15001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	echo(capture)
+	echo(outside.Listen(t, "10.99.0.1:8080"))
+	say := func(c net.Conn) {
+		t.Helper()
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		buf := make([]byte, 4)
+		if _, err := io.WriteString(c, "ping"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, buf); err != nil || string(buf) != "ping" {
+			t.Fatalf("echo: %q, %v", buf, err)
+		}
+	}
+	captured, err := net.Dial("tcp", "10.99.0.1:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer captured.Close()
+	exempt, err := Dial(t.Context(), "tcp", "10.99.0.1:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer exempt.Close()
+	say(captured)
+	say(exempt)
+	for range 3 {
+		if err := r.Apply(); err != nil {
+			t.Fatal(err)
+		}
+		say(captured)
+		say(exempt)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	tamper := map[string]struct {
+		change func(c *nftables.Conn)
+		want   string
+	}{
+		"table deleted": {func(c *nftables.Conn) { c.DelTable(table()) }, "is gone"},
+		"rules flushed": {func(c *nftables.Conn) { c.FlushTable(table()) }, "0 rules"},
+		"chain flushed": {func(c *nftables.Conn) { c.FlushChain(&nftables.Chain{Name: "output", Table: table()}) }, "chain output has 0 rules"},
+		"rule in front": {func(c *nftables.Conn) {
+			c.InsertRule(&nftables.Rule{Table: table(), Chain: &nftables.Chain{Name: "output", Table: table()},
+				Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}})
+		}, "rules, not"},
+		"chain added": {func(c *nftables.Conn) { c.AddChain(&nftables.Chain{Name: "more", Table: table()}) }, "3 chains"},
+		"other port": {func(c *nftables.Conn) {
+			other := ByMark()
+			other.OutboundPort++
+			c.DelTable(table())
+			c.AddTable(table())
+			for _, w := range other.chains() {
+				c.AddChain(w.chain)
+				for _, e := range w.rules {
+					c.AddRule(&nftables.Rule{Table: w.chain.Table, Chain: w.chain, Exprs: e})
+				}
+			}
+		}, "chain output, rule 3"},
+	}
+	for name, tt := range tamper {
+		t.Run(name, func(t *testing.T) {
+			r := apply(t)
+			if err := r.Check(); err != nil {
+				t.Fatalf("as written: %v", err)
+			}
+			conn, err := nftables.New()
+			if err != nil {
+				t.Fatal(err)
+			}
+			tt.change(conn)
+			if err := conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Check(); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+			if err := r.Apply(); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Check(); err != nil {
+				t.Errorf("written again: %v", err)
+			}
+		})
+	}
+}
+
+// awaited is a log that tells when a line with the wanted text comes.
+type awaited struct {
+	mu   sync.Mutex
+	buf  bytes.Buffer
+	want string
+	seen chan struct{}
+}
+
+func (a *awaited) Write(b []byte) (int, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.buf.Write(b)
+	if strings.Contains(string(b), a.want) {
+		select {
+		case a.seen <- struct{}{}:
+		default:
+		}
+	}
+	return len(b), nil
+}
+
+func TestGuardRepairs(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	log := &awaited{want: "redirect is in place again", seen: make(chan struct{}, 1)}
+	r, err := New(ByMark(), slog.New(slog.NewTextHandler(log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Remove()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- r.Guard(ctx) }()
+	<-log.seen // there was no table at all
+	for range 3 {
+		conn, err := nftables.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.FlushRuleset()
+		if err := conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		<-log.seen
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := r.Check(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRemoveIsIdempotent(t *testing.T) {
+	r := apply(t)
+	for range 2 {
+		if err := r.Remove(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := r.Check(); err == nil {
+		t.Error("check passed without a table")
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"no port":  {Mark: 1},
+		"one port": {InboundPort: 1, OutboundPort: 1, Mark: 1},
+		"no mark":  {InboundPort: 1, OutboundPort: 2},
+	} {
+		if _, err := New(cfg, slog.New(slog.DiscardHandler)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// A lone ACK begins a conntrack entry as well. If it were not redirected, a SYN behind it would share its entry and reach the app.
+func TestAckFirstDoesNotOpenAWay(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	outside := podtest.Connect(t)
+	accepted := make(chan struct{}, 1)
+	// An app that never answers the ACK with a reset gives the attack its best chance; a filter in the app's own way stands for it.
+	l, err := net.Listen("tcp", "10.99.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if c, err := l.Accept(); err == nil {
+			accepted <- struct{}{}
+			_ = c.Close()
+		}
+	})
+	defer wg.Wait()
+	defer l.Close()
+	listen(t, "[::]:15006", "captured")
+	apply(t)
+	outside.Do(func() {
+		sendTCP(t, netip.MustParseAddrPort("10.99.0.1:4000"), netip.MustParseAddrPort("10.99.0.2:8080"), flagACK)
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 99, 0, 1), Port: 4000}}
+		if got := reach(t, d, "10.99.0.2:8080"); got != "captured" {
+			t.Errorf("behind a lone ACK: %q, not captured", got)
+		}
+	})
+	select {
+	case <-accepted:
+		t.Error("the app saw a connection")
+	default:
+	}
+}
