@@ -1,0 +1,3 @@
+package netns_test
+
+func playRole() {}

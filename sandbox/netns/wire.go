@@ -1,0 +1,111 @@
+package netns
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Speaks says who sends the first bytes of a connection.
+type Speaks string
+
+const (
+	ClientFirst Speaks = "client" // the client sends a line, the server answers with one
+	ServerFirst Speaks = "server" // the server sends its line at once, as databases and mail servers send a banner
+)
+
+// Port is a TCP port on which a pod's probe server listens.
+type Port struct {
+	Number uint16 `json:"number"`
+	Speaks Speaks `json:"speaks"`
+	// Bind is the only address that it listens on, for example 127.0.0.1. Zero: on 0.0.0.0 and [::].
+	Bind netip.Addr `json:"bind"`
+}
+
+// Target is one connection to try.
+type Target struct {
+	Addr   netip.AddrPort `json:"addr"`
+	Speaks Speaks         `json:"speaks"`
+	// Nonce is what a client-first probe sends, one line; the answer has to repeat it.
+	Nonce string `json:"nonce,omitempty"`
+	// From is the client's address. Zero: the kernel chooses. Outside: any address of the CIDR.
+	From netip.Addr `json:"from"`
+	// Timeout bounds the whole try. Zero: Config.ProbeTimeout.
+	Timeout time.Duration `json:"timeout,omitempty"`
+	// Hold keeps the connection open for so long after the answer, which is an error if the other end closes it meanwhile.
+	Hold time.Duration `json:"hold,omitempty"`
+}
+
+// Texts of Outcome.Connect and Outcome.Err that are no errno's.
+const (
+	Connected = "ok"       // connect() succeeded
+	TimedOut  = "timeout"  // neither answer nor refusal within the time
+	Closed    = "EOF"      // the other end closed in an orderly way
+	Canceled  = "canceled" // the caller's context ended
+)
+
+// Refused and Reset are the errno texts that a denial usually has.
+const (
+	Refused = "connection refused"
+	Reset   = "connection reset by peer"
+)
+
+// Outcome is what one try met with. Connect tells what connect() said, Bytes and Reached what came of it: the two differ where
+// a proxy accepts on somebody's behalf.
+type Outcome struct {
+	Target Target `json:"target"`
+	// Connect is Connected, TimedOut, Canceled or the errno's text.
+	Connect string `json:"connect"`
+	// Reached is the pod and port that answered, for example "shop/db-0:5432". Empty: nobody did.
+	Reached string `json:"reached,omitempty"`
+	// Seen is the client's address as the server saw it.
+	Seen netip.AddrPort `json:"seen"`
+	// Bytes that arrived, an answer's or not.
+	Bytes int `json:"bytes"`
+	// Err is what ended the connection before a whole answer (or before the end of Hold): Closed, Reset, TimedOut, … Empty: all went well.
+	Err     string        `json:"err,omitempty"`
+	Elapsed time.Duration `json:"elapsed"`
+}
+
+// Connections counts what a probe server has accepted on one port from one address since it started.
+type Connections struct {
+	Port  uint16     `json:"port"`
+	From  netip.Addr `json:"from"`
+	Count int        `json:"count"`
+}
+
+// answer is the line that a probe server sends.
+type answer struct {
+	Pod   string         `json:"pod"`
+	Port  uint16         `json:"port"`
+	Nonce string         `json:"nonce,omitempty"`
+	Seen  netip.AddrPort `json:"seen"`
+}
+
+// A request to the probe process of a pod and its reply, JSON over a socket pair. Exactly one of the pointers is set.
+type (
+	request struct {
+		ID          int64          `json:"id"`
+		Serve       *serveRequest  `json:"serve,omitempty"` // the first one
+		Probe       *probeRequest  `json:"probe,omitempty"`
+		Connections *struct{}      `json:"connections,omitempty"`
+		Cancel      *cancelRequest `json:"cancel,omitempty"` // has no reply
+	}
+	serveRequest struct {
+		Name  string `json:"name"`
+		Ports []Port `json:"ports"`
+	}
+	probeRequest struct {
+		Targets  []Target      `json:"targets"`
+		InFlight int           `json:"inFlight"`
+		Timeout  time.Duration `json:"timeout"`
+	}
+	cancelRequest struct {
+		ID int64 `json:"id"`
+	}
+	reply struct {
+		ID          int64         `json:"id"`
+		Outcomes    []Outcome     `json:"outcomes,omitempty"`
+		Connections []Connections `json:"connections,omitempty"`
+		Error       string        `json:"error,omitempty"`
+	}
+)
