@@ -37,6 +37,7 @@ type Decision struct {
 type Evaluator struct {
 	table  *Table
 	direct string // "ingress" or "egress"
+	mode   Mode
 	spans  [SCTP + 1][]span
 	blocks []peerIndex
 }
@@ -58,13 +59,13 @@ type identityIndex struct {
 }
 
 // NewIngress returns the evaluator of a subject's ingress.
-func NewIngress(v *Verdicts) *Evaluator { return newEvaluator(&v.Ingress, "ingress") }
+func NewIngress(v *Verdicts) *Evaluator { return newEvaluator(v, &v.Ingress, "ingress") }
 
 // NewEgress returns the evaluator of a subject's egress.
-func NewEgress(v *Verdicts) *Evaluator { return newEvaluator(&v.Egress, "egress") }
+func NewEgress(v *Verdicts) *Evaluator { return newEvaluator(v, &v.Egress, "egress") }
 
-func newEvaluator(t *Table, direction string) *Evaluator {
-	e := &Evaluator{table: t, direct: direction, blocks: make([]peerIndex, len(t.Blocks))}
+func newEvaluator(v *Verdicts, t *Table, direction string) *Evaluator {
+	e := &Evaluator{table: t, direct: direction, mode: v.Mode, blocks: make([]peerIndex, len(t.Blocks))}
 	for i := range t.Blocks {
 		b := &t.Blocks[i]
 		for _, r := range b.Ports {
@@ -170,8 +171,12 @@ func (e *Evaluator) nearest(proto Protocol, port uint16, peer Peer) (Reason, boo
 // miss words a denial by isolation: which policies isolate and what they would admit.
 func (e *Evaluator) miss(proto Protocol, port uint16, peer Peer) Reason {
 	t := e.table
-	if len(t.Isolating) == 0 {
-		return Reason{Text: fmt.Sprintf("%s has no identity, and a strict workload accepts none without", peer)}
+	if e.direct == "ingress" && e.mode == Strict && peer.ID.IsZero() {
+		r := Reason{Text: fmt.Sprintf("plaintext: %s shows no identity, and a strict workload accepts that only from what an ipBlock names outside the pod network", peer)}
+		if len(t.Isolating) > 0 {
+			r.Policy = t.Isolating[0]
+		}
+		return r
 	}
 	var onPort, all []string
 	policy, rule := t.Isolating[0], ""
