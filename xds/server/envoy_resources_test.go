@@ -78,7 +78,7 @@ filter_chains:
       "@type": %stcp_proxy.v3.TcpProxy
       stat_prefix: %s
       cluster: nowhere
-      on_demand: {odcds_config: {ads: {}, resource_api_version: V3}, timeout: 2s}
+      on_demand: {odcds_config: {ads: {}, resource_api_version: V3}, timeout: 60s}
 `, name, port, extensions, extensions, name))
 }
 

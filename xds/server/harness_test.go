@@ -48,6 +48,12 @@ func (o *onDemand) Resolve(_ server.Client, name string) (*server.Resource, bool
 	return r, ok
 }
 
+func (o *onDemand) count() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.asked)
+}
+
 func (o *onDemand) set(name string, r *server.Resource) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -83,15 +89,17 @@ type bench struct {
 	socket string
 	od     *onDemand
 	log    *log
+	stop   func()
 }
 
 func start(t testing.TB, change func(*server.Config)) *bench {
 	t.Helper()
-	dir := t.TempDir()
-	if len(dir) > 80 {
-		dir = shortDir(t)
-	}
-	b := &bench{socket: filepath.Join(dir, "s"), od: &onDemand{}, log: &log{}}
+	return startAt(t, filepath.Join(shortDir(t), "s"), change)
+}
+
+func startAt(t testing.TB, socket string, change func(*server.Config)) *bench {
+	t.Helper()
+	b := &bench{socket: socket, od: &onDemand{}, log: &log{}}
 	cfg := server.Config{Authenticator: byMetadata{}, OnDemand: b.od, Log: slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 	if change != nil {
 		change(&cfg)
@@ -105,10 +113,13 @@ func start(t testing.TB, change func(*server.Config)) *bench {
 	b.Register(g)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = g.Serve(l) }()
-	t.Cleanup(func() {
+	b.stop = sync.OnceFunc(func() {
 		b.Close()
 		g.Stop()
 		<-done
+	})
+	t.Cleanup(func() {
+		b.stop()
 		if t.Failed() {
 			t.Logf("server log:\n%s", b.log)
 		}
@@ -145,11 +156,14 @@ func within(t testing.TB, d time.Duration) context.Context {
 // await waits for a condition.
 func await(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	look := time.NewTicker(2 * time.Millisecond)
+	defer look.Stop()
+	deadline := time.After(15 * time.Second)
 	for !condition() {
-		if time.Now().After(deadline) {
+		select {
+		case <-look.C:
+		case <-deadline:
 			t.Fatalf("never: %s", what)
 		}
-		time.Sleep(2 * time.Millisecond)
 	}
 }

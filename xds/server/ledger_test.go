@@ -1,0 +1,353 @@
+package server_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+func TestNackOfOneResource(t *testing.T) {
+	b := start(t, nil)
+	b.Publish("ns/a", set(t, lds(t, "in", "good"), cds(t, "app", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("cds")
+	s.gets("cds +app")
+	s.ask("lds")
+	s.gets("lds +in")
+	s.silent()
+
+	b.Publish("ns/a", set(t, lds(t, "in", "bad"), cds(t, "app", "1")))
+	s.nack(s.wants("lds +in"), "no such extension")
+	s.silent()
+	if got, want := b.status("ns/a"), "cds app in force; lds in refused: no such extension"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if l := b.log.String(); !strings.Contains(l, "resource=in") || !strings.Contains(l, "no such extension") {
+		t.Errorf("the log names not the resource and the reason:\n%s", l)
+	}
+	if !b.Ledger().InForce("ns/a", lds(t, "in", "good")) || b.Ledger().InForce("ns/a", lds(t, "in", "bad")) {
+		t.Error("the previous version should stay in force")
+	}
+
+	b.Publish("ns/a", set(t, lds(t, "in", "bad"), cds(t, "app", "2"))) // other types and later pushes go on
+	s.gets("cds +app")
+	s.silent() // never again with the same bytes
+	b.Publish("ns/a", set(t, lds(t, "in", "good"), cds(t, "app", "2")))
+	s.silent() // the client has that already
+	if err := b.Ledger().Wait(within(t, 10*time.Second), "ns/a"); err != nil {
+		t.Errorf("back at what is in force: %v", err)
+	}
+	b.Publish("ns/a", set(t, lds(t, "in", "bad"), cds(t, "app", "2")))
+	s.silent()
+	b.Publish("ns/a", set(t, lds(t, "in", "worse"), cds(t, "app", "2")))
+	s.nack(s.wants("lds +in"), "worse")
+	b.Publish("ns/a", set(t, lds(t, "in", "bad"), cds(t, "app", "2")))
+	s.silent() // the version before the last is not forgotten either
+	b.Publish("ns/a", set(t, lds(t, "in", "better"), cds(t, "app", "2")))
+	s.gets("lds +in") // a new version is sent at once
+}
+
+func TestNackThatNamesResources(t *testing.T) {
+	for name, c := range map[string]struct {
+		typ, reason string
+		refused     []string
+	}{
+		"listener":        {"lds", "Error adding/updating listener(s) b: malformed address", []string{"b"}},
+		"listeners":       {"lds", "Error adding/updating listener(s) b: x\nc: y\n", []string{"b", "c"}},
+		"cluster":         {"cds", "Error adding/updating cluster(s) b: a: nothing to do with it", []string{"b"}},
+		"clusters":        {"cds", "Error adding/updating cluster(s) a: x, c: y", []string{"a", "c"}},
+		"on demand":       {"cds", "Error adding/updating cluster c - c: x", []string{"c"}},
+		"mentioned":       {"cds", "Error adding/updating cluster(s) a: like b: c", []string{"a"}},
+		"name in a name":  {"lds", "Error adding/updating listener(s) bb: x", nil},
+		"another message": {"cds", "Proto constraint validation failed: b: x", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := start(t, nil)
+			b.Publish("ns/a", set(t, lds(t, "a", ""), lds(t, "b", ""), lds(t, "c", ""), cds(t, "a", ""), cds(t, "b", ""), cds(t, "c", "")))
+			s := b.connect(t, "ns/a")
+			s.ask(c.typ)
+			s.nack(s.wants(c.typ+" +a +b +c"), c.reason)
+			if c.refused == nil { // each alone, and one convicts itself
+				s.gets(c.typ + " +a")
+				s.nack(s.wants(c.typ+" +b"), c.reason)
+				s.gets(c.typ + " +c")
+				c.refused = []string{"b"}
+			} else { // the others once more, for Envoy remembers no version of a rejected response
+				rest := c.typ
+				for _, n := range []string{"a", "b", "c"} {
+					if !strings.Contains(fmt.Sprint(c.refused), n) {
+						rest += " +" + n
+					}
+				}
+				s.gets(rest)
+			}
+			s.silent()
+			cs, _ := b.Ledger().Status("ns/a")
+			for _, r := range cs.Resources {
+				if shortType(r.Type) != c.typ {
+					continue
+				}
+				if want := strings.Contains(fmt.Sprint(c.refused), r.Name); want != (r.Refusal != nil) || want == r.InForce {
+					t.Errorf("%s: refused %v, in force %v, want refused: %v", r.Name, r.Refusal != nil, r.InForce, want)
+				}
+			}
+		})
+	}
+}
+
+func TestNackOutlivesTheStreamButNotTheProcess(t *testing.T) {
+	b := start(t, nil)
+	b.Publish("ns/a", set(t, lds(t, "in", "good")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	held := holds(s.gets("lds +in"))
+	b.Publish("ns/a", set(t, lds(t, "in", "bad")))
+	s.nack(s.wants("lds +in"), "no")
+	s.silent()
+	s.cancel()
+
+	s = b.connect(t, "ns/a")
+	s.resume("lds", held)
+	s.gets("lds") // the same Envoy: not again
+	s.silent()
+	if got := b.status("ns/a"); got != "lds in refused: no" {
+		t.Errorf("after the reconnect: %q", got)
+	}
+	s.cancel()
+
+	s = b.connect(t, "ns/a")
+	s.ask("lds")
+	s.gets("lds +in") // a fresh one, that holds nothing: it may well take it
+	s.silent()
+	if got := b.status("ns/a"); got != "lds in in force" {
+		t.Errorf("after the restart: %q", got)
+	}
+}
+
+func TestNackOnDemandIsAnswered(t *testing.T) {
+	b := start(t, nil)
+	b.od.set("od|a", cds(t, "od|a", "bad"))
+	b.Publish("ns/a", server.Set{})
+	s := b.connect(t, "ns/a")
+	s.ask("cds", "od|a")
+	s.nack(s.wants("cds +od|a"), "no")
+	s.silent()
+	s.ask("cds", "od|a") // asks again: it must not wait for bytes that never come
+	s.gets("cds -od|a")
+	s.silent()
+	if got := b.status("ns/a"); got != "cds od|a refused: no" {
+		t.Errorf("an answer that there is nothing confirms nothing: %q", got)
+	}
+	b.od.set("od|a", cds(t, "od|a", "good"))
+	b.Refresh("ns/a", "od|a")
+	s.gets("cds +od|a")
+}
+
+func TestChangesAreCoalescedWhileOneIsOnItsWay(t *testing.T) {
+	b := start(t, func(c *server.Config) { c.AckPatience = time.Hour })
+	b.Publish("ns/a", set(t, lds(t, "in", "0"), lds(t, "out", "0")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	first := s.wants("lds +in +out")
+	for i := range 100 {
+		b.Publish("ns/a", set(t, lds(t, "in", fmt.Sprint(i+1)), lds(t, "out", "0"), lds(t, "new", "0")))
+	}
+	s.gets("lds +new") // a resource waits for its own ACK only
+	s.silent()
+	s.ack(first)
+	if r := s.gets("lds +in"); r.Resources[0].Version != lds(t, "in", "100").Version {
+		t.Error("not the last version was sent")
+	}
+	s.silent()
+}
+
+func TestPatienceWithAClientThatDoesNotAck(t *testing.T) {
+	b := start(t, func(c *server.Config) { c.AckPatience = 50 * time.Millisecond })
+	b.Publish("ns/a", set(t, lds(t, "in", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	first := s.wants("lds +in")
+	b.Publish("ns/a", set(t, lds(t, "in", "2")))
+	second := s.wants("lds +in")
+	s.ack(first) // late, and of an older version
+	s.silent()
+	if got := b.status("ns/a"); got != "lds in pending" {
+		t.Errorf("after the ACK of an older version: %q", got)
+	}
+	s.ack(second)
+	s.silent()
+	if got := b.status("ns/a"); got != "lds in in force" {
+		t.Errorf("after the ACK: %q", got)
+	}
+}
+
+func TestWait(t *testing.T) {
+	b := start(t, nil)
+	l := b.Ledger()
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := l.Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotPublished) {
+		t.Errorf("nothing published: %v", err)
+	}
+	b.Publish("ns/a", set(t, lds(t, "in", "1"), ecds(t, "rbac", "1")))
+	if err := l.Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConnected) || !errors.Is(err, context.Canceled) {
+		t.Errorf("not connected: %v", err)
+	}
+	waits := func() chan error {
+		done := make(chan error, 1)
+		ctx := within(t, 15*time.Second)
+		go func() { done <- l.Wait(ctx, "ns/a") }()
+		return done
+	}
+	done := waits()
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	s.gets("lds +in")
+	s.silent()
+	if err := l.Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConfirmed) || !strings.Contains(err.Error(), `TypedExtensionConfig "rbac" not subscribed to`) {
+		t.Errorf("not subscribed: %v", err)
+	}
+	s.ask("ecds", "rbac")
+	r := s.wants("ecds +rbac")
+	if err := l.Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConfirmed) || !strings.Contains(err.Error(), `"rbac" not acknowledged`) {
+		t.Errorf("not acknowledged: %v", err)
+	}
+	s.ack(r)
+	if err := <-done; err != nil {
+		t.Errorf("all acknowledged: %v", err)
+	}
+
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "1"))) // a removal is waited for, too
+	done = waits()
+	r = s.wants("lds -in")
+	select {
+	case err := <-done:
+		t.Errorf("did not wait for the removal: %v", err)
+	default:
+	}
+	s.ack(r)
+	if err := <-done; err != nil {
+		t.Errorf("removal acknowledged: %v", err)
+	}
+
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "2")))
+	done = waits()
+	s.nack(s.wants("ecds +rbac"), "because")
+	var refused *server.RefusedError
+	if err := <-done; !errors.As(err, &refused) || refused.Name != "rbac" || refused.Refusal.Reason != "because" {
+		t.Errorf("refused: %v", err)
+	}
+	if err := l.Wait(within(t, 15*time.Second), "ns/a"); !errors.As(err, &refused) {
+		t.Errorf("refused before the call: %v", err)
+	}
+
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "3")))
+	done = waits()
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "4"))) // what replaces it counts
+	for range 2 {
+		r := s.next()
+		s.ack(r)
+		if r.Resources[0].Version == ecds(t, "rbac", "4").Version {
+			break
+		}
+	}
+	if err := <-done; err != nil {
+		t.Errorf("superseded: %v", err)
+	}
+	s.cancel()
+	await(t, "detached", func() bool { cs, _ := l.Status("ns/a"); return !cs.Connected })
+	done = waits()
+	b.Forget("ns/a")
+	if err := <-done; !errors.Is(err, server.ErrForgotten) && !errors.Is(err, server.ErrNotPublished) {
+		t.Errorf("forgotten: %v", err)
+	}
+}
+
+func TestWaitForOnDemand(t *testing.T) {
+	b := start(t, nil)
+	b.od.set("od|a", cds(t, "od|a", "1"))
+	b.Publish("ns/a", server.Set{})
+	s := b.connect(t, "ns/a")
+	s.ask("cds", "od|a", "od|b")
+	s.gets("cds +od|a")
+	s.gets("cds -od|b")
+	l := b.Ledger()
+	if err := l.Wait(within(t, 15*time.Second), "ns/a"); err != nil {
+		t.Error(err)
+	}
+	b.Refresh("ns/a", "od|a", "od|b") // nothing changed: confirmed without a word
+	if err := l.Wait(within(t, 15*time.Second), "ns/a"); err != nil {
+		t.Error(err)
+	}
+	b.od.set("od|a", cds(t, "od|a", "2"))
+	b.Refresh("ns/a", "od|a")
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := l.Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConfirmed) {
+		t.Errorf("refreshed and not acknowledged: %v", err)
+	}
+	s.gets("cds +od|a")
+	if err := l.Wait(within(t, 15*time.Second), "ns/a"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEventsCountersAndSnapshot(t *testing.T) {
+	var mu sync.Mutex
+	var events []string
+	now := time.Unix(1000, 0)
+	b := start(t, func(c *server.Config) {
+		c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); now = now.Add(time.Second); return now }
+		c.AckPatience = time.Hour
+		c.OnEvent = func(e server.Event) {
+			mu.Lock()
+			defer mu.Unlock()
+			kind := map[server.EventKind]string{server.Sent: "sent", server.Acked: "acked", server.Nacked: "nacked"}[e.Kind]
+			if e.Published.After(e.Sent) || e.Sent.After(e.At) || e.Published.IsZero() {
+				t.Errorf("times out of order: %+v", e)
+			}
+			events = append(events, fmt.Sprintf("%s %s %s %s", e.Client, kind, e.Name, e.Reason))
+		}
+	})
+	b.Publish("ns/b", set(t, lds(t, "in", "1")))
+	b.Publish("ns/a", set(t, lds(t, "in", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	r := s.gets("lds +in")
+	s.silent()
+	b.Publish("ns/a", set(t, lds(t, "in", "2")))
+	s.nack(s.wants("lds +in"), "why")
+	s.silent()
+	b.Publish("ns/a", server.Set{})
+	s.gets("lds -in")
+	s.silent()
+	mu.Lock()
+	got := strings.Join(events, "\n")
+	mu.Unlock()
+	if want := "ns/a sent in \nns/a acked in \nns/a sent in \nns/a nacked in why\nns/a sent in \nns/a acked in "; got != want {
+		t.Errorf("events:\n%s\nwant:\n%s", got, want)
+	}
+	all := b.Ledger().Snapshot()
+	if len(all) != 2 || all[0].Client != "ns/a" || !all[0].InForce || !all[0].Connected || all[1].Connected || all[1].InForce {
+		t.Errorf("snapshot: %+v", all)
+	}
+	counted := all[0].Counters[server.ListenerType]
+	if counted.Bytes < uint64(len(r.Resources[0].Resource.Value)) {
+		t.Errorf("bytes: %d", counted.Bytes)
+	}
+	counted.Bytes = 0
+	if want := (server.Counters{Responses: 3, Resources: 2, Removals: 1, Acks: 2, Nacks: 1}); counted != want {
+		t.Errorf("counters: %+v, want %+v", counted, want)
+	}
+	b.Forget("ns/a")
+	total := b.Ledger().Totals()[server.ListenerType]
+	if total.Responses != 3 || total.Acks != 2 || total.Nacks != 1 {
+		t.Errorf("totals: %+v", total)
+	}
+}
