@@ -1,13 +1,13 @@
 // Package netfilter keeps a pod's TCP on its way through the sidecar, with nftables in the pod's network namespace.
 //
-//	            from outside                             from the pod's processes
-//	                 │                                             │
-//	        prerouting (nat, -100)                         output (nat, -100)
-//	   lo: as it is ─┤                        Envoy, by its user ─┤
-//	                 │                        the agent, by mark ─┤ as it is
-//	                 │                        lo (the pod itself) ─┤
-//	            every TCP                                     every TCP
-//	     redirect to names.InboundPort             redirect to names.OutboundPort
+//	         from outside                             from the pod's processes
+//	              │                                             │
+//	     prerouting (nat, -100)                         output (nat, -100)
+//	lo: as it is ─┤                        Envoy, by its user ─┤
+//	              │                        the agent, by mark ─┤ as it is
+//	              │                        lo (the pod itself) ─┤
+//	         every TCP                                     every TCP
+//	  redirect to names.InboundPort             redirect to names.OutboundPort
 //
 // Both chains live in one table of the family inet, so IPv4 and IPv6 go the same way. The table is written in one transaction
 // that also deletes its predecessor: there is no moment without it, however often it is written.

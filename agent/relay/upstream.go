@@ -1,0 +1,70 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+)
+
+// Upstream says how to reach the control plane.
+type Upstream struct {
+	Address     string // "host:port"
+	TrustDomain spiffeid.TrustDomain
+	SVID        x509svid.Source
+	Bundle      x509bundle.Source
+	Token       func() (string, error) // this pod's token; asked for each stream
+	// DialContext opens the connection, past the pod's redirect.
+	DialContext func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Connect returns a connection to the control plane: mTLS with the pod's SVID, to nobody but
+// spiffe://<trust domain>/mantlet/control-plane, with the pod's token in the metadata of each call. Nothing is dialled before
+// the first call.
+func (u Upstream) Connect() (*grpc.ClientConn, error) {
+	server, err := spiffeid.FromSegments(u.TrustDomain, "mantlet", "control-plane")
+	if err != nil {
+		return nil, fmt.Errorf("control plane's identity: %w", err)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+u.Address,
+		grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(u.SVID, u.Bundle, tlsconfig.AuthorizeID(server)))),
+		grpc.WithPerRPCCredentials(bearer{u.Token}),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) { return u.DialContext(ctx, "tcp", address) }),
+		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(Codec()), grpc.MaxCallRecvMsgSize(math.MaxInt32)),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.WithDisableServiceConfig(),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("control plane %s: %w", u.Address, err)
+	}
+	return conn, nil
+}
+
+// bearer puts the pod's token into the metadata of a call.
+type bearer struct{ token func() (string, error) }
+
+func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	t, err := b.token()
+	if err != nil {
+		return nil, fmt.Errorf("read the pod's token: %w", err)
+	}
+	return map[string]string{"authorization": "Bearer " + strings.TrimSpace(t)}, nil
+}
+
+// RequireTransportSecurity keeps the token off connections that are not encrypted.
+func (bearer) RequireTransportSecurity() bool { return true }
