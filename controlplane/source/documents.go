@@ -45,7 +45,7 @@ func (it *item) object() string {
 
 // at is a Problem of the item.
 func (it *item) at(field, text, hint string) Problem {
-	if hint == "" && strings.Contains(text, "{{") {
+	if strings.Contains(text, "{{") {
 		hint = renderFirst
 	}
 	return Problem{File: it.doc.file.name, Line: it.line(field), Object: it.object(), Field: field, Text: text, Hint: hint}

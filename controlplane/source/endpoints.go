@@ -42,8 +42,9 @@ func (r *reader) makeEndpointSlices() {
 		if len(svc.Spec.Selector) == 0 || svc.Spec.Type == corev1.ServiceTypeExternalName {
 			continue
 		}
+		selector := labels.SelectorFromValidatedSet(svc.Spec.Selector)
 		pods := slices.DeleteFunc(slices.Clone(inNamespace[svc.Namespace]), func(p *corev1.Pod) bool {
-			return !labels.SelectorFromValidatedSet(svc.Spec.Selector).Matches(labels.Set(p.Labels))
+			return !selector.Matches(labels.Set(p.Labels))
 		})
 		if old := given[key]; len(old) > 0 {
 			if !r.outdated(old, pods, podAt) {

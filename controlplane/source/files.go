@@ -86,7 +86,7 @@ func (f *finder) repeated(path string) bool {
 func (f *finder) walk(dir string) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		f.problem(dir, "", "%v", pathError(err))
+		f.problem(dir, "make it readable", "%v", pathError(err))
 		return
 	}
 	for _, e := range entries {
@@ -126,7 +126,7 @@ func (f *finder) walk(dir string) {
 func (f *finder) open(path string, named bool) {
 	r, err := os.Open(path)
 	if err != nil {
-		f.problem(path, "", "%v", pathError(err))
+		f.problem(path, "make it readable", "%v", pathError(err))
 		return
 	}
 	defer func() { _ = r.Close() }() // was only read
@@ -142,7 +142,7 @@ func (f *finder) read(name string, r io.Reader, named bool) {
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
 	switch {
 	case err != nil:
-		f.problem(name, "", "%v", pathError(err))
+		f.problem(name, "make it readable", "%v", pathError(err))
 	case len(data) > maxFileBytes:
 		f.problem(name, "split the file, or export fewer kinds", "larger than %d MiB", maxFileBytes>>20)
 	case f.bytes > maxAllBytes:

@@ -88,7 +88,7 @@ func (r *reader) notKubernetes(it *item, text string) {
 func (r *reader) takeList(it *item, raw json.RawMessage, depth int) {
 	var items []json.RawMessage
 	if err := json.Unmarshal(raw, &items); err != nil {
-		r.problem(it.at("items", "not a list", ""))
+		r.problem(it.at("items", "not a list", "write items as a list"))
 		return
 	}
 	if depth == 0 {
@@ -203,7 +203,12 @@ func (r *reader) wrongs(o metav1.Object, errs field.ErrorList) {
 }
 
 var hints = map[field.ErrorType]string{
-	field.ErrorTypeRequired: "add the field",
+	field.ErrorTypeRequired:     "add it",
+	field.ErrorTypeInvalid:      "correct the value",
+	field.ErrorTypeNotSupported: "use one of the values listed",
+	field.ErrorTypeDuplicate:    "change one of them",
+	field.ErrorTypeForbidden:    "remove or change it",
+	field.ErrorTypeTooMany:      "remove some",
 }
 
 // decode reads an item into its type. Whatever the type does not know is an error, because a misspelt field would open or close
@@ -214,7 +219,7 @@ func (r *reader) decode(it *item, into metav1.Object) bool {
 	switch {
 	case errors.As(err, &wrongType) && wrongType.Field != "":
 		found, wanted := words(wrongType.Value), words(wrongType.Type.Kind().String())
-		hint := ""
+		hint := "correct the value"
 		if wanted == "a string" && found != "a mapping" && found != "a list" {
 			hint = "put it in quotes: to YAML, yes, no, on, off and digits are no strings"
 		}
@@ -228,7 +233,7 @@ func (r *reader) decode(it *item, into metav1.Object) bool {
 	for _, e := range strict {
 		var fe sjson.FieldError
 		if !errors.As(e, &fe) {
-			r.problem(it.at("", e.Error(), ""))
+			r.problem(it.at("", e.Error(), "correct or remove it"))
 			continue
 		}
 		path := fe.FieldPath()

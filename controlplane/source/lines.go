@@ -93,6 +93,20 @@ func (d *document) inspect() Problems {
 	return t.problems
 }
 
+// object names the object that the document says it is, before it has been read.
+func (d *document) object() string {
+	value := func(n *yaml3.Node, path string) string {
+		for path != "" {
+			if _, n, path = step(n, path); n == nil {
+				return ""
+			}
+		}
+		return n.Value
+	}
+	n := d.node()
+	return (&item{kind: value(n, "kind"), namespace: value(n, "metadata.namespace"), name: value(n, "metadata.name")}).object()
+}
+
 type treeCheck struct {
 	doc      *document
 	sizes    map[*yaml3.Node]int // bytes when unfolded; an alias inside its own anchor finds tooLarge
@@ -116,7 +130,7 @@ func (t *treeCheck) size(n *yaml3.Node, path string) int {
 			k := n.Content[i]
 			at := strings.TrimPrefix(path+"."+k.Value, ".")
 			if dup, ok := first[k.Value]; ok && k.Kind == yaml3.ScalarNode {
-				t.problems = append(t.problems, Problem{File: t.doc.file.name, Line: t.doc.line + k.Line - 1, Field: at,
+				t.problems = append(t.problems, Problem{File: t.doc.file.name, Line: t.doc.line + k.Line - 1, Object: t.doc.object(), Field: at,
 					Text: fmt.Sprintf("key %q is already in line %d", k.Value, t.doc.line+dup.Line-1), Hint: "remove one of them"})
 			}
 			first[k.Value] = k

@@ -148,9 +148,9 @@ func selectsLabels(s *metav1.LabelSelector, set map[string]string) bool {
 // makePods makes the pods of the workloads that have none in the input.
 func (r *reader) makePods() {
 	owned := r.owned()
-	taken := map[string]string{} // "namespace/name" of a pod → whose it is
+	taken := map[string]metav1.Object{} // "namespace/name" of a pod → what it comes from
 	for _, p := range r.pods {
-		taken[p.Namespace+"/"+p.Name] = "Pod at " + r.origin[p].place()
+		taken[p.Namespace+"/"+p.Name] = p
 	}
 	plain := map[string]bool{} // "namespace/name" of a workload that gave its name to pods
 	var stopped []string
@@ -176,10 +176,11 @@ func (r *reader) makePods() {
 			pod := w.pod(fmt.Sprintf("%s-%d", base, w.start+i), i)
 			key := pod.Namespace + "/" + pod.Name
 			if other, ok := taken[key]; ok {
-				r.wrong(w.meta, "metadata.name", fmt.Sprintf("its pod would be %s, and that is also the %s", key, other), "rename one of the two")
+				it := r.origin[other]
+				r.wrong(w.meta, "metadata.name", fmt.Sprintf("its pod would be %s, and so is that of %s at %s", key, it.object(), it.place()), "rename one of the two")
 				continue
 			}
-			taken[key] = "pod of " + w.String()
+			taken[key] = w.meta
 			r.origin[pod] = r.origin[w.meta]
 			r.pods = append(r.pods, pod)
 		}
