@@ -24,14 +24,14 @@ type External struct {
 // Spec is what the outside was made from.
 func (e *External) Spec() ExternalSpec { return e.spec }
 
-// AddExternal makes an outside. Its probe server calls itself by the CIDR, and it comes from the first address of it when a probe does
-// not say otherwise.
+// AddExternal makes an outside. Its probe server calls itself by the CIDR. Probes from it that do not say otherwise come from the CIDR's
+// first address, or from 192.0.2.1 or 2001:db8::1 where that is in the CIDR.
 func (n *Network) AddExternal(ctx context.Context, spec ExternalSpec) (*External, error) {
 	if !spec.Prefix.IsValid() || spec.Prefix != spec.Prefix.Masked() || spec.Prefix.Addr().Is4In6() {
 		return nil, fmt.Errorf("add an outside for %s: give a CIDR without host bits", spec.Prefix)
 	}
 	name := spec.Prefix.String()
-	if err := (PodSpec{Namespace: "external", Name: name, IPs: []netip.Addr{firstAddress(spec.Prefix)}, Ports: spec.Ports}).check(); err != nil {
+	if err := (PodSpec{Namespace: "external", Name: name, IPs: []netip.Addr{spec.own()}, Ports: spec.Ports}).check(); err != nil {
 		return nil, fmt.Errorf("add an outside for %s: %w", name, err)
 	}
 	spec.Ports = slices.Clone(spec.Ports)
@@ -39,7 +39,7 @@ func (n *Network) AddExternal(ctx context.Context, spec ExternalSpec) (*External
 	err := n.add(ctx, &e.host, nil, func() error {
 		return apply(n.config.Logger, everywhere, ofApps(spec.Ports), ofOutside)
 	}, func() error {
-		return errors.Join(linkInner([]netip.Addr{firstAddress(spec.Prefix)}), answerFor(spec.Prefix))
+		return errors.Join(linkInner([]netip.Addr{spec.own()}), answerFor(spec.Prefix))
 	}, func() error {
 		return linkOutside(e.link, spec.Prefix, n.config.Node4, n.config.Node6)
 	}, spec.Ports)
@@ -49,12 +49,18 @@ func (n *Network) AddExternal(ctx context.Context, spec ExternalSpec) (*External
 	return e, nil
 }
 
-// firstAddress is the first one of a CIDR that can be a host's.
-func firstAddress(p netip.Prefix) netip.Addr {
-	if p.IsSingleIP() {
-		return p.Addr()
+// own is the address that an outside comes from: the documentation address if the CIDR holds it, as 0.0.0.0/0 does, whose first address
+// is nobody's; else the first one.
+func (s ExternalSpec) own() netip.Addr {
+	for _, documentation := range []string{"192.0.2.1", "2001:db8::1"} {
+		if a := netip.MustParseAddr(documentation); s.Prefix.Contains(a) {
+			return a
+		}
 	}
-	return p.Addr().Next()
+	if s.Prefix.IsSingleIP() {
+		return s.Prefix.Addr()
+	}
+	return s.Prefix.Addr().Next()
 }
 
 // Close takes the outside away.

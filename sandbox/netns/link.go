@@ -59,7 +59,8 @@ func linkNode(node4, node6 netip.Addr) error {
 		return err
 	}
 	for _, a := range []netip.Addr{node4, node6} {
-		r := netlink.Route{LinkIndex: link.Attrs().Index, Dst: everything(a), Src: a.AsSlice(), Scope: netlink.SCOPE_LINK}
+		r := netlink.Route{LinkIndex: link.Attrs().Index, Dst: everything(a), Src: a.AsSlice(), Scope: netlink.SCOPE_LINK,
+			Priority: 1 << 16} // after that to an outside, should its CIDR be /0
 		if err := netlink.RouteReplace(&r); err != nil {
 			return fmt.Errorf("add the default route to %s: %w", void, err)
 		}
@@ -172,33 +173,40 @@ func linkOutside(name string, prefix netip.Prefix, node4, node6 netip.Addr) erro
 		return err
 	}
 	r := netlink.Route{LinkIndex: link.Attrs().Index, Dst: network(prefix), Gw: gw, Flags: int(netlink.FLAG_ONLINK),
-		Src: source(prefix.Addr(), node4, node6), Priority: 1} // before the default route to the void, should the CIDR be /0
+		Src: source(prefix.Addr(), node4, node6)}
 	if err := netlink.RouteReplace(&r); err != nil {
 		return fmt.Errorf("add a route to %s: %w", prefix, err)
 	}
 	return nil
 }
 
-// answerFor makes a namespace accept what arrives for any address of a CIDR. The rule keeps that apart from what the namespace itself
-// sends, so that the CIDR may contain the pods' addresses, as 0.0.0.0/0 does.
+// answerFor makes a namespace accept what arrives for any address of a CIDR, by a local route to all of it. What the namespace itself sends
+// goes by the main table instead, to the node: the CIDR may contain the pods' addresses, as 0.0.0.0/0 does.
 func answerFor(prefix netip.Prefix) error {
-	const table = 64
 	lo, err := loopback()
 	if err != nil {
 		return err
+	}
+	// In this very table, because it is the one in which the kernel looks whether a source address is the host's own.
+	r := netlink.Route{LinkIndex: lo.Attrs().Index, Dst: network(prefix), Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: unix.RT_TABLE_LOCAL}
+	if err := netlink.RouteReplace(&r); err != nil {
+		return fmt.Errorf("accept packets for %s: %w", prefix, err)
 	}
 	family := unix.AF_INET
 	if prefix.Addr().Is6() {
 		family = unix.AF_INET6
 	}
-	r := netlink.Route{LinkIndex: lo.Attrs().Index, Dst: network(prefix), Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: table}
-	if err := netlink.RouteReplace(&r); err != nil {
-		return fmt.Errorf("accept packets for %s: %w", prefix, err)
+	rule := func(priority, table int, from string) *netlink.Rule {
+		r := netlink.NewRule()
+		r.Family, r.Priority, r.Table, r.IifName = family, priority, table, from
+		return r
 	}
-	rule := netlink.NewRule()
-	rule.Family, rule.IifName, rule.Table, rule.Priority = family, inner, table, 100
-	if err := netlink.RuleAdd(rule); err != nil {
-		return fmt.Errorf("add the rule for packets to %s: %w", prefix, err)
+	if err := errors.Join(
+		netlink.RuleAdd(rule(10, unix.RT_TABLE_MAIN, lo.Attrs().Name)), // "from lo" is what the host sends
+		netlink.RuleAdd(rule(20, unix.RT_TABLE_LOCAL, "")),
+		netlink.RuleDel(rule(0, unix.RT_TABLE_LOCAL, "")),
+	); err != nil {
+		return fmt.Errorf("route by origin for %s: %w", prefix, err)
 	}
 	return nil
 }

@@ -45,7 +45,10 @@ func startRude(t *testing.T, pod *netns.Pod) rude {
 	}
 	serve(r.closing, func(*net.TCPConn) {})
 	serve(r.cutting, func(c *net.TCPConn) { _, _ = io.WriteString(c, `{"p`) })
-	serve(r.resetting, func(c *net.TCPConn) { _ = c.SetLinger(0) })
+	serve(r.resetting, func(c *net.TCPConn) { // after it has read, or connect() might already tell
+		_, _ = c.Read(make([]byte, 100))
+		_ = c.SetLinger(0)
+	})
 	serve(r.answering, func(c *net.TCPConn) { _, _ = io.WriteString(c, `{"pod":"rude","port":1,"seen":"10.0.0.1:1"}`+"\n") })
 	if err := pod.Do(func() error { return dropPort(r.vanishing) }); err != nil {
 		t.Fatal(err)
