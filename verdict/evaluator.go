@@ -178,6 +178,9 @@ func (e *Evaluator) miss(proto Protocol, port uint16, peer Peer) Reason {
 		}
 		return r
 	}
+	if len(t.Isolating) == 0 {
+		return Reason{Text: fmt.Sprintf("nothing admits %s on port %d/%s", peer, port, proto)}
+	}
 	var onPort, all []string
 	policy, rule := t.Isolating[0], ""
 	for _, r := range t.Rules {

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/term"
+
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/source"
+	"github.com/mantlet/mantlet/sandbox/matrix"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// input holds the flags that simulate and sandbox share, and what they mean.
+type input struct {
+	files       []string
+	namespace   string
+	replicas    int
+	injectAll   bool
+	mtls        string
+	trustDomain string
+	ports       []string
+	externals   []string
+	output      string
+	explain     int
+}
+
+func (in *input) register(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringArrayVarP(&in.files, "filename", "f", nil, "file or folder with manifests, - for standard input (repeatable)")
+	f.StringVarP(&in.namespace, "namespace", "n", "default", "namespace of objects that name none")
+	f.IntVar(&in.replicas, "replicas", 1, "pods per workload")
+	f.BoolVar(&in.injectAll, "inject-all", false, "give every pod a sidecar, not only those in namespaces labelled "+policy.InjectLabel+"=enabled")
+	f.StringVar(&in.mtls, "mtls", "permissive", "mode of namespaces without the label "+policy.ModeLabel+": permissive or strict")
+	f.StringVar(&in.trustDomain, "trust-domain", "mantlet.local", "SPIFFE trust domain")
+	f.StringArrayVar(&in.ports, "port", nil, "port to try beyond the declared ones, for example 80/TCP (repeatable)")
+	f.StringArrayVar(&in.externals, "external", nil, "range outside the cluster to try, CIDR[:port] (repeatable; the port is 443 if none is named)")
+	f.StringVarP(&in.output, "output", "o", "table", "table, json or yaml")
+	f.IntVar(&in.explain, "explain", 10, "how many denials the table explains")
+}
+
+// world is what the flags and manifests come to.
+type world struct {
+	manifests *source.Manifests
+	config    policy.Config
+	index     *policy.Index
+	options   matrix.Options
+	attempts  []matrix.Attempt
+}
+
+func (in *input) read(args []string, stderr io.Writer) (*world, error) {
+	in.files = append(in.files, args...)
+	if len(in.files) == 0 {
+		return nil, errors.New("no manifests\nhint: name files or folders with -f, for example -f examples/shop")
+	}
+	if !slices.Contains([]string{"table", "json", "yaml"}, in.output) {
+		return nil, fmt.Errorf("output %q: not table, json or yaml", in.output)
+	}
+	if in.replicas < 1 || in.replicas > 1000 {
+		return nil, fmt.Errorf("--replicas %d: want 1 to 1000", in.replicas)
+	}
+	td, err := spiffeid.TrustDomainFromString(in.trustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("--trust-domain %q: %w", in.trustDomain, err)
+	}
+	mode, err := verdict.ParseMode(in.mtls)
+	if err != nil {
+		return nil, fmt.Errorf("--mtls: %w", err)
+	}
+	w := &world{}
+	for _, s := range in.ports {
+		p, err := matrix.ParsePort(s)
+		if err != nil {
+			return nil, fmt.Errorf("--%w", err)
+		}
+		w.options.Ports = append(w.options.Ports, p)
+	}
+	for _, s := range in.externals {
+		e, err := matrix.ParseExternal(s)
+		if err != nil {
+			return nil, fmt.Errorf("--%w", err)
+		}
+		w.options.External = append(w.options.External, e)
+	}
+	scope := source.InjectLabeled
+	if in.injectAll {
+		scope = source.InjectAll
+	}
+	if w.manifests, err = source.ReadManifests(in.files, source.Options{Replicas: in.replicas, Inject: scope, Namespace: in.namespace}); err != nil {
+		return nil, err
+	}
+	notice(stderr, w)
+	w.config = policy.Config{TrustDomain: td, PodNetwork: w.manifests.PodNetwork, DefaultMode: mode}
+	w.index = policy.NewIndex(w.config)
+	if err := w.index.ApplyAll(&w.manifests.Objects); err != nil {
+		return nil, err
+	}
+	if problems := w.index.Problems(); len(problems) > 0 {
+		return nil, errors.New(strings.Join(problems, "\n"))
+	}
+	w.attempts, err = matrix.Plan(w.manifests, w.options)
+	return w, err
+}
+
+// notice tells what was left out and what is not enforced.
+func notice(stderr io.Writer, w *world) {
+	m := w.manifests
+	if len(m.Ignored) > 0 {
+		var kinds []string
+		for _, k := range slices.Sorted(maps.Keys(m.Ignored)) {
+			kinds = append(kinds, fmt.Sprintf("%s (%d)", k, m.Ignored[k]))
+		}
+		fmt.Fprintf(stderr, "not read: %s\n", strings.Join(kinds, ", "))
+	}
+	for _, text := range m.Warnings {
+		fmt.Fprintln(stderr, "warning:", text)
+	}
+	if udp := packetPorts(m); udp > 0 {
+		fmt.Fprintf(stderr, "warning: %d declared UDP or SCTP ports are not tried: UDP and SCTP are not enforced yet\n", udp)
+	}
+}
+
+// packetPorts counts the declared ports that are not TCP.
+func packetPorts(m *source.Manifests) int {
+	n := 0
+	for _, p := range m.Objects.Pods {
+		for _, c := range p.Spec.Containers {
+			for _, port := range c.Ports {
+				if proto, err := verdict.ParseProtocol(string(port.Protocol)); err == nil && proto != verdict.TCP {
+					n++
+				}
+			}
+		}
+	}
+	return n
+}
+
+func (in *input) write(out io.Writer, r *matrix.Report) error {
+	switch in.output {
+	case "json":
+		return r.WriteJSON(out)
+	case "yaml":
+		return r.WriteYAML(out)
+	}
+	return r.WriteTable(out, palette(out), in.explain)
+}
+
+// palette is colour on a terminal, unless NO_COLOR is set (no-color.org).
+func palette(out io.Writer) matrix.Palette {
+	f, ok := out.(*os.File)
+	if ok && term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == "" {
+		return matrix.Colour
+	}
+	return matrix.Plain
+}

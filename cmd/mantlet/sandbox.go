@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/netns"
+)
+
+// Exit codes beside 0 and 1 (bad input, or something that could not be done).
+const (
+	exitMismatch    = 3   // real packets differ from the evaluator
+	exitInterrupted = 130 // Ctrl-C
+)
+
+func newSandbox() *cobra.Command {
+	var in input
+	var flows int
+	var verbose bool
+	cmd := &cobra.Command{
+		Use:   "sandbox -f DIR|FILE…",
+		Short: "Run manifests in network namespaces, with real Envoys, and try every connection",
+		Long: `Sandbox makes every pod of the manifests a network namespace on this machine, gives every injected pod a real agent and a real
+Envoy, and lets every pod try every pod, service and external range on every declared port, with real packets. Every result is
+compared with the evaluator's; if one differs the exit code is 3. Nothing is left behind, however it ends.`,
+		Example: "  mantlet sandbox -f examples/shop\n  mantlet sandbox -f manifests/ --external 203.0.113.0/24:443 -o json",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !netns.Inside() {
+				return outside(cmd, &in, args)
+			}
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+			defer stop()
+			err := in.sandbox(ctx, cmd, args, flows, verbose)
+			if ctx.Err() != nil {
+				return &exit{exitInterrupted, errors.New("interrupted")}
+			}
+			return err
+		},
+	}
+	in.register(cmd)
+	cmd.Flags().IntVar(&flows, "flows", 1, "how many allowed flows the table shows with the SPIFFE IDs of both ends")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log what the control plane does, on standard error")
+	return cmd
+}
+
+// outside checks what can be checked without privileges, so that bad input is refused before anything is started, and then runs the
+// same command once more inside its own namespaces.
+func outside(cmd *cobra.Command, in *input, args []string) error {
+	if _, err := sandbox.FindBinaries(); err != nil {
+		return err
+	}
+	for _, f := range append(in.files, args...) {
+		if f == "-" { // can be read once only: inside
+			return reenter()
+		}
+	}
+	if _, err := in.read(args, io.Discard); err != nil {
+		return err
+	}
+	return reenter()
+}
+
+func reenter() error {
+	code, err := netns.Reenter(os.Args)
+	if err != nil {
+		return err
+	}
+	if code != 0 {
+		return &exit{code, errors.New("")} // said inside
+	}
+	return nil
+}
+
+func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string, flows int, verbose bool) error {
+	stderr := cmd.ErrOrStderr()
+	w, err := in.read(args, stderr)
+	if err != nil {
+		return err
+	}
+	bins, err := sandbox.FindBinaries()
+	if err != nil {
+		return err
+	}
+	level := slog.LevelError
+	if verbose {
+		level = slog.LevelDebug
+	}
+	bar := newProgress(stderr)
+	defer bar.clear()
+	began := time.Now()
+	s, err := sandbox.Start(ctx, sandbox.Config{
+		Manifests: w.manifests, Policy: w.config, Options: w.options, Binaries: bins, Progress: bar.show,
+		Log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level})),
+	})
+	if err != nil {
+		return err
+	}
+	started := time.Since(began)
+	res, err := s.Try(ctx, w.attempts)
+	tried := time.Since(began) - started
+	bar.clear()
+	if err = errors.Join(err, s.Close()); err != nil {
+		return err
+	}
+	out := cmd.OutOrStdout()
+	if err := in.write(out, res.Report); err != nil {
+		return err
+	}
+	if in.output == "table" {
+		showFlows(out, res.Flows, flows)
+		fmt.Fprintf(out, "\npods and sidecars ready after %s; %d connections tried in %s\n",
+			started.Round(10*time.Millisecond), len(w.attempts), tried.Round(10*time.Millisecond))
+	}
+	if n := res.Report.Summary.Mismatches; n > 0 {
+		return &exit{exitMismatch, fmt.Errorf("%d connections differ from what the evaluator says: this is a bug in mantlet, please report it with the manifests", n)}
+	}
+	return nil
+}
+
+func showFlows(out io.Writer, flows []sandbox.Flow, most int) {
+	if len(flows) == 0 || most <= 0 {
+		return
+	}
+	fmt.Fprintln(out, "\nAllowed, as the sidecar at the destination saw it:")
+	for _, f := range flows {
+		if f.Reason.Policy == "" { // one that a policy admits says more
+			continue
+		}
+		if most--; most < 0 {
+			return
+		}
+		fmt.Fprintf(out, "  %s → %s\n      from %s as %s\n      to   %s as %s\n      %s\n", f.From, f.To, f.Source, f.FromID, f.Destination, f.ToID, f.Reason.Text)
+	}
+}
+
+// progress is one line on a terminal that is written over, or nothing.
+type progress struct {
+	w     io.Writer
+	shown bool
+}
+
+func newProgress(w io.Writer) *progress {
+	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return &progress{w: w}
+	}
+	return &progress{}
+}
+
+func (p *progress) show(what string, done, of int) {
+	if p.w == nil {
+		return
+	}
+	const width = 30
+	filled := width
+	if of > 0 {
+		filled = width * done / of
+	}
+	p.shown = true
+	fmt.Fprintf(p.w, "\r\x1b[K%-12s [%s%s] %d/%d", what, strings.Repeat("=", filled), strings.Repeat(" ", width-filled), done, of)
+}
+
+func (p *progress) clear() {
+	if p.w != nil && p.shown {
+		fmt.Fprint(p.w, "\r\x1b[K")
+		p.shown = false
+	}
+}

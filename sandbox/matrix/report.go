@@ -1,0 +1,238 @@
+package matrix
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// The verdicts of a Connection.
+const (
+	Allowed = "allowed"
+	Denied  = "denied"
+)
+
+// Connection is one attempt and what became of it.
+type Connection struct {
+	From          string         `json:"from"`
+	To            string         `json:"to"` // pod or service "namespace/name", or the external range
+	Address       string         `json:"address"`
+	Port          uint16         `json:"port"`
+	Protocol      string         `json:"protocol"`
+	Via           Via            `json:"via"`
+	Verdict       string         `json:"verdict"`
+	Authenticated bool           `json:"authenticated"` // both ends proved who they are
+	Reason        verdict.Reason `json:"reason"`
+	// Partly says that the verdict depends on which endpoint of a service is picked.
+	Partly string `json:"partly,omitempty"`
+	// Mismatch says in what the real packets differ from the evaluator. Only the sandbox can fill it.
+	Mismatch string `json:"mismatch,omitempty"`
+}
+
+// Summary counts.
+type Summary struct {
+	Pods          int `json:"pods"`
+	Connections   int `json:"connections"`
+	Allowed       int `json:"allowed"`
+	Denied        int `json:"denied"`
+	Authenticated int `json:"authenticated"`
+	Mismatches    int `json:"mismatches"`
+}
+
+// Report is the whole result.
+type Report struct {
+	Connections []Connection `json:"connections"`
+	Summary     Summary      `json:"summary"`
+}
+
+// Summarize counts the connections anew.
+func (r *Report) Summarize() {
+	r.Summary = Summary{Connections: len(r.Connections)}
+	pods := map[string]bool{}
+	for i := range r.Connections {
+		c := &r.Connections[i]
+		pods[c.From] = true
+		if c.Verdict == Allowed {
+			r.Summary.Allowed++
+		} else {
+			r.Summary.Denied++
+		}
+		if c.Authenticated {
+			r.Summary.Authenticated++
+		}
+		if c.Mismatch != "" {
+			r.Summary.Mismatches++
+		}
+	}
+	r.Summary.Pods = len(pods)
+}
+
+// WriteJSON writes the report, a connection a line.
+func (r *Report) WriteJSON(w io.Writer) error {
+	b := bufio.NewWriterSize(w, 1<<16)
+	b.WriteString(`{"connections":[`)
+	enc := json.NewEncoder(b)
+	enc.SetEscapeHTML(false)
+	for i := range r.Connections {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		if err := enc.Encode(&r.Connections[i]); err != nil {
+			return err
+		}
+	}
+	b.WriteString(`],"summary":`)
+	if err := enc.Encode(&r.Summary); err != nil {
+		return err
+	}
+	b.WriteString("}\n")
+	return b.Flush()
+}
+
+// WriteYAML writes the report as YAML.
+func (r *Report) WriteYAML(w io.Writer) error {
+	out, err := yaml.Marshal(r)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(out)
+	return err
+}
+
+// Palette says whether a table may use colour.
+type Palette int
+
+// The palettes.
+const (
+	Plain Palette = iota
+	Colour
+)
+
+func (p Palette) paint(code, s string) string {
+	if p == Plain {
+		return s
+	}
+	return "\x1b[" + code + "m" + s + "\x1b[0m"
+}
+
+// cells of the table.
+const (
+	cellMTLS     = "●"
+	cellPlain    = "○"
+	cellDenied   = "×"
+	cellMismatch = "!"
+	cellNone     = " "
+)
+
+// WriteTable writes the matrix for people: rows are sources, columns numbered destinations; both families of a destination are one
+// column. explain bounds how many denials are explained below it; the rest is counted.
+func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
+	b := bufio.NewWriter(w)
+	type column struct {
+		to   string
+		via  Via
+		port uint16
+	}
+	var columns []column
+	var rows []string
+	index := map[column]int{}
+	rowOf := map[string]int{}
+	cells := map[[2]int][]*Connection{}
+	for i := range r.Connections {
+		c := &r.Connections[i]
+		col := column{c.To, c.Via, c.Port}
+		if _, ok := index[col]; !ok {
+			index[col] = len(columns)
+			columns = append(columns, col)
+		}
+		if _, ok := rowOf[c.From]; !ok {
+			rowOf[c.From] = len(rows)
+			rows = append(rows, c.From)
+		}
+		at := [2]int{rowOf[c.From], index[col]}
+		cells[at] = append(cells[at], c)
+	}
+	width := len("FROM \\ TO")
+	for _, row := range rows {
+		width = max(width, len(row))
+	}
+	colWidth := len(fmt.Sprint(len(columns))) + 1
+	for i, c := range columns {
+		fmt.Fprintf(b, "%*d  %s:%d%s\n", colWidth, i+1, c.to, c.port, map[Via]string{ViaPod: "", ViaService: " (service)", ViaExternal: " (external)"}[c.via])
+	}
+	fmt.Fprintf(b, "\n%-*s", width, "FROM \\ TO")
+	for i := range columns {
+		fmt.Fprintf(b, "%*d", colWidth, i+1)
+	}
+	b.WriteByte('\n')
+	for i, row := range rows {
+		fmt.Fprintf(b, "%-*s", width, row)
+		for j := range columns {
+			symbol, code := cell(cells[[2]int{i, j}])
+			b.WriteString(strings.Repeat(" ", colWidth-1) + p.paint(code, symbol))
+		}
+		b.WriteByte('\n')
+	}
+	fmt.Fprintf(b, "\n%s allowed, mTLS-authenticated   %s allowed, not authenticated   %s denied", p.paint("32", cellMTLS), p.paint("33", cellPlain), p.paint("31", cellDenied))
+	if r.Summary.Mismatches > 0 {
+		fmt.Fprintf(b, "   %s packets and evaluator differ", p.paint("35;1", cellMismatch))
+	}
+	s := r.Summary
+	fmt.Fprintf(b, "\n%d pods, %d connections: %d allowed (%d authenticated), %d denied\n", s.Pods, s.Connections, s.Allowed, s.Authenticated, s.Denied)
+	r.explain(b, explain)
+	return b.Flush()
+}
+
+func cell(cs []*Connection) (symbol, colour string) {
+	if len(cs) == 0 {
+		return cellNone, "0"
+	}
+	switch {
+	case slices.ContainsFunc(cs, func(c *Connection) bool { return c.Mismatch != "" }):
+		return cellMismatch, "35;1"
+	case slices.ContainsFunc(cs, func(c *Connection) bool { return c.Verdict != cs[0].Verdict }):
+		return "½", "33" // one family only
+	case cs[0].Verdict == Denied:
+		return cellDenied, "31"
+	case slices.ContainsFunc(cs, func(c *Connection) bool { return !c.Authenticated }):
+		return cellPlain, "33"
+	}
+	return cellMTLS, "32"
+}
+
+// explain lists denials and their reasons, one line for the families of a destination, and all mismatches.
+func (r *Report) explain(b *bufio.Writer, most int) {
+	type line struct{ from, to, text string }
+	seen := map[line]bool{}
+	shown, more := 0, 0
+	for i := range r.Connections {
+		c := &r.Connections[i]
+		where := fmt.Sprintf("%s → %s:%d", c.From, c.To, c.Port)
+		if c.Mismatch != "" {
+			fmt.Fprintf(b, "MISMATCH %s (%s): %s\n", where, c.Address, c.Mismatch)
+		}
+		l := line{c.From, fmt.Sprintf("%s:%d%s", c.To, c.Port, c.Via), c.Reason.Text}
+		if c.Verdict != Denied || seen[l] {
+			continue
+		}
+		seen[l] = true
+		if shown == most {
+			more++
+			continue
+		}
+		if shown++; shown == 1 {
+			b.WriteString("\nDenied:\n")
+		}
+		fmt.Fprintf(b, "  %s\n      %s\n", where, c.Reason.Text)
+	}
+	if more > 0 && most > 0 {
+		fmt.Fprintf(b, "  … and %d more; --explain N shows more of them, -o json all\n", more)
+	}
+}

@@ -1,0 +1,327 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/mantlet/mantlet/controlplane"
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/source"
+	"github.com/mantlet/mantlet/identity/attest"
+	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/sandbox/matrix"
+	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// controlPlanePort is where the control plane listens on the node.
+const controlPlanePort = 15010
+
+// Config says what to run.
+type Config struct {
+	Manifests *source.Manifests
+	Policy    policy.Config
+	Options   matrix.Options
+	Binaries  Binaries
+	Log       *slog.Logger
+	// Progress is told of each step: what is done, how much of how much.
+	Progress func(what string, done, of int)
+}
+
+// Sandbox is a running set of pods. It works inside a netns enclosure only.
+type Sandbox struct {
+	cfg       Config
+	dir       string
+	network   *netns.Network
+	cp        *controlplane.ControlPlane
+	authority *ca.CA
+	minter    *attest.Minter
+	grpc      *grpc.Server
+	serving   sync.WaitGroup
+	index     *policy.Index // the evaluator that the packets are held against; apart from the control plane's own
+	pods      map[string]*pod
+	outsides  map[netip.Prefix]*netns.External
+}
+
+// pod is one pod of the sandbox.
+type pod struct {
+	name  string // "namespace/name"
+	spec  *corev1.Pod
+	ports []matrix.Listener
+	net   *netns.Pod
+	agent *agent // nil without sidecar
+}
+
+// Start brings everything up and returns when every sidecar is ready. When it fails, what had been started is ended.
+func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Progress == nil {
+		cfg.Progress = func(string, int, int) {}
+	}
+	enclosure, err := netns.Enclosed()
+	if err != nil {
+		return nil, err
+	}
+	s = &Sandbox{cfg: cfg, dir: enclosure.RunDir, pods: map[string]*pod{}, outsides: map[netip.Prefix]*netns.External{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+			s = nil
+		}
+	}()
+	s.index = policy.NewIndex(cfg.Policy)
+	if err := s.index.ApplyAll(&cfg.Manifests.Objects); err != nil {
+		return s, err
+	}
+	if s.network, err = netns.New(netns.Config{Logger: cfg.Log}); err != nil {
+		return s, err
+	}
+	if err := s.serve(); err != nil {
+		return s, err
+	}
+	if err := s.addPods(ctx); err != nil {
+		return s, err
+	}
+	if err := s.addOutsides(ctx); err != nil {
+		return s, err
+	}
+	if err := s.network.SetServices(s.services()); err != nil {
+		return s, err
+	}
+	return s, s.startAgents(ctx, enclosure)
+}
+
+// serve starts the control plane on the node's addresses.
+func (s *Sandbox) serve() error {
+	td := s.cfg.Policy.TrustDomain
+	var err error
+	if s.authority, err = ca.New(ca.Config{TrustDomain: td}); err != nil {
+		return err
+	}
+	s.minter = attest.NewMinter(attest.MinterConfig{})
+	v4, v6 := s.network.Addresses()
+	s.cp, s.grpc, err = controlplane.NewServer(
+		controlplane.Config{Policy: s.cfg.Policy, ServiceNetwork: s.cfg.Manifests.ServiceNetwork, Log: s.cfg.Log},
+		s.authority, s.minter, server.Config{Log: s.cfg.Log}, []netip.Addr{v4, v6})
+	if err != nil {
+		return err
+	}
+	objects := s.cfg.Manifests.Objects
+	objects.Pods = nil
+	for _, p := range s.cfg.Manifests.Objects.Pods {
+		p = p.DeepCopy()
+		p.UID = uid(p)
+		objects.Pods = append(objects.Pods, p)
+	}
+	if err := s.cp.Load(&objects); err != nil {
+		return err
+	}
+	lis, err := net.Listen("tcp", s.controlPlane().String())
+	if err != nil {
+		return fmt.Errorf("control plane: %w", err)
+	}
+	s.serving.Go(func() {
+		if err := s.grpc.Serve(lis); err != nil {
+			s.cfg.Log.Error("the control plane's server ended", "error", err)
+		}
+	})
+	return nil
+}
+
+func (s *Sandbox) controlPlane() netip.AddrPort {
+	v4, _ := s.network.Addresses()
+	return netip.AddrPortFrom(v4, controlPlanePort)
+}
+
+// uid is the pod's own, or one made from its name: manifests have none.
+func uid(p *corev1.Pod) types.UID {
+	if p.UID != "" {
+		return p.UID
+	}
+	return types.UID("sandbox/" + p.Namespace + "/" + p.Name)
+}
+
+func (s *Sandbox) addPods(ctx context.Context) error {
+	list := s.cfg.Manifests.Objects.Pods
+	s.cfg.Progress("pods", 0, len(list))
+	var specs []netns.PodSpec
+	for _, p := range list {
+		ports, err := matrix.Listeners(p, s.cfg.Options.Ports)
+		if err != nil {
+			return err
+		}
+		spec := netns.PodSpec{Namespace: p.Namespace, Name: p.Name, IPs: matrix.PodAddrs(p)}
+		for _, l := range ports {
+			spec.Ports = append(spec.Ports, netns.Port{Number: l.Port, Speaks: speaks(l)})
+		}
+		specs = append(specs, spec)
+		name := p.Namespace + "/" + p.Name
+		s.pods[name] = &pod{name: name, spec: p, ports: ports}
+	}
+	made, err := s.network.AddPods(ctx, specs)
+	if err != nil {
+		return err
+	}
+	for i, p := range list {
+		s.pods[p.Namespace+"/"+p.Name].net = made[i]
+	}
+	s.cfg.Progress("pods", len(list), len(list))
+	return nil
+}
+
+func speaks(l matrix.Listener) netns.Speaks {
+	if l.ServerFirst {
+		return netns.ServerFirst
+	}
+	return netns.ClientFirst
+}
+
+func (s *Sandbox) addOutsides(ctx context.Context) error {
+	ports := map[netip.Prefix][]netns.Port{}
+	for _, e := range s.cfg.Options.External {
+		ports[e.Prefix] = append(ports[e.Prefix], netns.Port{Number: e.Port, Speaks: netns.ClientFirst})
+	}
+	for prefix, list := range ports {
+		slices.SortFunc(list, func(a, b netns.Port) int { return int(a.Number) - int(b.Number) })
+		list = slices.Compact(list)
+		x, err := s.network.AddExternal(ctx, netns.ExternalSpec{Prefix: prefix, Ports: list})
+		if err != nil {
+			return err
+		}
+		s.outsides[prefix] = x
+	}
+	return nil
+}
+
+// services is what kube-proxy would do for pods without a sidecar: any ready endpoint, no policy asked.
+func (s *Sandbox) services() []netns.Service {
+	var out []netns.Service
+	for _, svc := range s.cfg.Manifests.Objects.Services {
+		for _, a := range s.index.ServiceAddrs(svc.Namespace + "/" + svc.Name) {
+			for _, p := range svc.Spec.Ports {
+				proto, err := verdict.ParseProtocol(string(p.Protocol))
+				if err != nil || proto == verdict.SCTP {
+					continue
+				}
+				at := netip.AddrPortFrom(a, uint16(p.Port))
+				d, _ := s.index.Destination(proto, at)
+				sv := netns.Service{Addr: at, Protocol: netns.TCP}
+				if proto == verdict.UDP {
+					sv.Protocol = netns.UDP
+				}
+				for _, e := range d.Endpoints {
+					sv.Backends = append(sv.Backends, e.Addr)
+				}
+				out = append(out, sv)
+			}
+		}
+	}
+	return out
+}
+
+// startAgents starts the sidecars of all injected pods and waits until each is ready.
+func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) error {
+	var injected []*pod
+	for _, p := range s.pods {
+		if p.spec.Annotations[policy.SidecarAnnotation] == policy.SidecarInjected {
+			injected = append(injected, p)
+		}
+	}
+	slices.SortFunc(injected, func(a, b *pod) int { return compare(a.name, b.name) })
+	if len(injected) == 0 {
+		return nil
+	}
+	envoy, err := reachable(s.cfg.Binaries.Envoy, filepath.Join(s.dir, "envoy"))
+	if err != nil {
+		return err
+	}
+	bundle, err := s.authority.Bundle().Marshal()
+	if err != nil {
+		return err
+	}
+	bundleFile := filepath.Join(s.dir, "bundle.pem")
+	if err := os.WriteFile(bundleFile, bundle, 0o644); err != nil {
+		return err
+	}
+	run := agentRun{
+		binary: s.cfg.Binaries.Agent, envoy: envoy, bundle: bundleFile, trustDomain: s.cfg.Policy.TrustDomain.Name(),
+		controlPlane: s.controlPlane().String(), single: enclosure.SingleUID,
+	}
+	s.cfg.Progress("sidecars", 0, len(injected))
+	var mu sync.Mutex
+	ready := 0
+	g, gctx := errgroup.WithContext(ctx)
+	for _, p := range injected {
+		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: string(uid(p.spec))}, attest.Audience)
+		if err != nil {
+			return err
+		}
+		if p.agent, err = run.start(ctx, p.net, filepath.Join(s.dir, "pods", p.spec.Namespace, p.spec.Name), token); err != nil {
+			return err
+		}
+		g.Go(func() error {
+			if err := p.agent.waitReady(gctx); err != nil {
+				return fmt.Errorf("sidecar of %s: %w", p.name, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			ready++
+			s.cfg.Progress("sidecars", ready, len(injected))
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// Close ends everything. What a killed process leaves behind the enclosure takes with it.
+func (s *Sandbox) Close() error {
+	var errs []error
+	var g errgroup.Group
+	for _, p := range s.pods {
+		if p.agent != nil {
+			g.Go(p.agent.stop)
+		}
+	}
+	errs = append(errs, g.Wait())
+	if s.cp != nil {
+		s.cp.Server().Close()
+	}
+	if s.grpc != nil {
+		s.grpc.Stop()
+	}
+	s.serving.Wait()
+	if s.network != nil {
+		errs = append(errs, s.network.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// stopPatience is how long an agent may take to drain.
+const stopPatience = 5 * time.Second
+
+func compare(a, b string) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}

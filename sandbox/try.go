@@ -1,0 +1,198 @@
+package sandbox
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/mantlet/mantlet/sandbox/matrix"
+	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// podsAtOnce bounds how many pods probe at the same time: more only wait for each other on a small machine.
+const podsAtOnce = 4
+
+// flowPatience bounds the wait for the sidecar's word on a connection that has already been seen to work.
+const flowPatience = 10 * time.Second
+
+// Flow is one connection that was allowed and authenticated, as the sidecar at the destination saw it.
+type Flow struct {
+	From, To            string // "namespace/pod"
+	FromID, ToID        string // SPIFFE IDs
+	Source, Destination netip.AddrPort
+	Reason              verdict.Reason
+}
+
+// Result is what Try found.
+type Result struct {
+	Report *matrix.Report
+	Flows  []Flow // one for each authenticated connection to a pod, in the order of the report
+}
+
+// Try makes all attempts with real packets and holds what becomes of them against the evaluator.
+func (s *Sandbox) Try(ctx context.Context, attempts []matrix.Attempt) (*Result, error) {
+	outcomes, err := s.probe(ctx, attempts)
+	if err != nil {
+		return nil, err
+	}
+	s.cfg.Progress("evidence", 0, len(attempts))
+	expected := matrix.Simulate(s.index, attempts)
+	res := &Result{Report: &matrix.Report{Connections: make([]matrix.Connection, len(attempts))}}
+	for i, a := range attempts {
+		c := expected.Connections[i]
+		flow, err := s.judge(ctx, &c, a, outcomes[i])
+		if err != nil {
+			return nil, err
+		}
+		if flow != nil && a.Via == matrix.ViaPod {
+			res.Flows = append(res.Flows, *flow)
+		}
+		res.Report.Connections[i] = c
+	}
+	res.Report.Summarize()
+	s.cfg.Progress("evidence", len(attempts), len(attempts))
+	return res, nil
+}
+
+// probe makes the attempts, some pods at a time, and returns the outcomes in the order of the attempts.
+func (s *Sandbox) probe(ctx context.Context, attempts []matrix.Attempt) ([]netns.Outcome, error) {
+	byPod := map[string][]int{}
+	for i, a := range attempts {
+		byPod[a.From] = append(byPod[a.From], i)
+	}
+	out := make([]netns.Outcome, len(attempts))
+	var mu sync.Mutex
+	done := 0
+	s.cfg.Progress("connections", 0, len(attempts))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(podsAtOnce)
+	for _, p := range s.cfg.Manifests.Objects.Pods {
+		name := p.Namespace + "/" + p.Name
+		for at := range slices.Chunk(byPod[name], 200) {
+			g.Go(func() error {
+				targets := make([]netns.Target, len(at))
+				for i, n := range at {
+					targets[i] = s.target(attempts[n], n)
+				}
+				outcomes, err := s.pods[name].net.Probe(ctx, targets)
+				if err != nil {
+					return fmt.Errorf("probes from %s: %w", name, err)
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				for i, n := range at {
+					out[n] = outcomes[i]
+				}
+				done += len(at)
+				s.cfg.Progress("connections", done, len(attempts))
+				return nil
+			})
+		}
+	}
+	return out, g.Wait()
+}
+
+func (s *Sandbox) target(a matrix.Attempt, n int) netns.Target {
+	t := netns.Target{Addr: a.Addr, Speaks: netns.ClientFirst, Nonce: fmt.Sprintf("attempt-%d", n)}
+	if s.serverFirst(a) {
+		t.Speaks, t.Nonce = netns.ServerFirst, ""
+	}
+	return t
+}
+
+// serverFirst asks the pod that is meant, or the first one behind the service.
+func (s *Sandbox) serverFirst(a matrix.Attempt) bool {
+	d, ok := s.index.Destination(verdict.TCP, a.Addr)
+	if !ok || len(d.Endpoints) == 0 {
+		return false
+	}
+	p := s.pods[d.Endpoints[0].Pod]
+	return p != nil && slices.ContainsFunc(p.ports, func(l matrix.Listener) bool { return l.Port == d.Endpoints[0].Addr.Port() && l.ServerFirst })
+}
+
+// judge fills a connection, which holds what the evaluator expects, with what really happened.
+func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Attempt, o netns.Outcome) (*Flow, error) {
+	expected, authenticated := c.Verdict, c.Authenticated
+	c.Verdict, c.Authenticated = matrix.Denied, false
+	reached, _, _ := cutLast(o.Reached, ":")
+	var flow *Flow
+	switch {
+	case o.Reached != "":
+		c.Verdict = matrix.Allowed
+		if p := s.pods[reached]; p != nil && p.agent != nil && reached != a.From {
+			var err error
+			if flow, err = s.evidence(ctx, a.From, p, o); err != nil {
+				return nil, err
+			}
+			c.Authenticated = flow != nil
+		}
+	case o.Bytes > 0:
+		c.Mismatch = fmt.Sprintf("%d bytes arrived, and then %s: a denied peer must get none", o.Bytes, o.Err)
+	case o.Connect == netns.TimedOut || o.Err == netns.TimedOut:
+		c.Mismatch = fmt.Sprintf("neither refused nor answered within %s", o.Elapsed.Round(time.Millisecond))
+	}
+	switch {
+	case c.Mismatch != "":
+	case c.Verdict != expected && c.Partly != "":
+	case c.Verdict != expected:
+		c.Mismatch = fmt.Sprintf("the evaluator says %s (%s); the packets say %s (connect: %s; then: %s)", expected, c.Reason.Text, c.Verdict, o.Connect, o.Err)
+	case c.Verdict == matrix.Allowed && !s.meant(a, reached):
+		c.Mismatch = fmt.Sprintf("answered by %s, which is not what the address stands for", o.Reached)
+	case c.Authenticated != authenticated && c.Partly == "" && a.Via != matrix.ViaService:
+		c.Mismatch = fmt.Sprintf("the evaluator says authenticated=%v; the sidecar's log says %v", authenticated, c.Authenticated)
+	}
+	if flow != nil {
+		flow.Reason = c.Reason
+	}
+	return flow, nil
+}
+
+// meant reports whether whoever answered is what the attempt was made to.
+func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
+	switch a.Via {
+	case matrix.ViaPod:
+		return reached == a.To
+	case matrix.ViaExternal:
+		return s.pods[reached] == nil
+	}
+	d, _ := s.index.Destination(verdict.TCP, a.Addr)
+	for _, e := range d.Endpoints {
+		if e.Pod == reached && s.index.Answer(a.From, verdict.TCP, e.Addr).Allowed {
+			return true
+		}
+	}
+	return false
+}
+
+// evidence waits for what the sidecar of the reached pod logged of the very connection that its app saw, and returns it if it was
+// authenticated as the source's identity. A connection from a pod without sidecar is let in as plaintext and gives none.
+func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Outcome) (*Flow, error) {
+	ctx, cancel := context.WithTimeout(ctx, flowPatience)
+	defer cancel()
+	rec, err := to.agent.flows.wait(ctx, o.Seen)
+	if err != nil {
+		return nil, fmt.Errorf("the sidecar of %s did not log the connection that its app saw from %s: %w", to.name, o.Seen, err)
+	}
+	want := s.index.Subject(from).ID.String()
+	if rec.Peer == "" || !rec.Authenticated {
+		return nil, nil
+	}
+	if rec.Peer != want {
+		return nil, fmt.Errorf("the sidecar of %s took a connection from %s for one of %s", to.name, from, rec.Peer)
+	}
+	return &Flow{From: from, To: to.name, FromID: rec.Peer, ToID: s.index.Subject(to.name).ID.String(), Source: rec.Source, Destination: rec.Destination}, nil
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	if i := strings.LastIndex(s, sep); i >= 0 {
+		return s[:i], s[i+len(sep):], true
+	}
+	return s, "", false
+}
