@@ -1,14 +1,19 @@
 package oracle
 
 import (
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 
+	"github.com/mantlet/mantlet/identity"
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -74,6 +79,53 @@ func TestGenerateMeetsCorners(t *testing.T) {
 	} {
 		if met[want] < 10 {
 			t.Errorf("%q came up %d times", want, met[want])
+		}
+	}
+	t.Log(met)
+}
+
+// TestGenerateMakesHardPods counts the pods that a compiler by identity gets wrong first.
+func TestGenerateMakesHardPods(t *testing.T) {
+	for _, key := range []string{volatileName, volatileHash} {
+		if !slices.Contains(identity.VolatileLabels(), key) {
+			t.Fatalf("%s is not volatile: replicas that differ in it share no identity", key)
+		}
+	}
+	n := identity.NewNamer(spiffeid.RequireTrustDomainFromString("mantlet.local"), identity.VolatileLabels())
+	id := func(p *corev1.Pod) spiffeid.ID {
+		id, err := n.ID(identity.Workload{Namespace: p.Namespace, ServiceAccount: p.Spec.ServiceAccountName, Labels: p.Labels})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	met := map[string]int{}
+	for seed := range uint64(100) {
+		pods := seeded(seed).Objects.Pods
+		for i, a := range pods {
+			count := func(what string, holds bool) {
+				if holds {
+					met[what]++
+				}
+			}
+			count("on the host's network", a.Spec.HostNetwork)
+			count("one address family", len(a.Status.PodIPs) == 1)
+			count("a container that never serves", len(a.Spec.InitContainers) == 1 && a.Spec.InitContainers[0].RestartPolicy == nil)
+			for _, b := range pods[:i] {
+				if id(a) != id(b) {
+					continue
+				}
+				count("one identity, other volatile labels", !maps.Equal(a.Labels, b.Labels))
+				count("one identity, other ports", !equality.Semantic.DeepEqual(a.Spec.Containers, b.Spec.Containers))
+				count("one identity, a sidecar or none", Sidecar(a) != Sidecar(b))
+				count("one identity, another node", a.Spec.NodeName != b.Spec.NodeName)
+			}
+		}
+	}
+	for _, want := range []string{"on the host's network", "one address family", "a container that never serves", "one identity, other volatile labels",
+		"one identity, other ports", "one identity, a sidecar or none", "one identity, another node"} {
+		if met[want] < 20 {
+			t.Errorf("%s: %d in 100 worlds", want, met[want])
 		}
 	}
 	t.Log(met)

@@ -44,13 +44,7 @@ type Conn struct {
 
 // Allowed says whether the connection comes about, and names what decides.
 func (w World) Allowed(c Conn) (bool, string) {
-	// A pod on the host's network is no pod to NetworkPolicy: its address is its node's.
-	if onHost(c.From) {
-		c.From = nil
-	}
-	if onHost(c.To) {
-		c.To = nil
-	}
+	c = c.asPolicySees()
 	guarded, guarding := Sidecar(c.From) && !c.Plaintext, Sidecar(c.To)
 	switch {
 	case samePod(c.From, c.To):
@@ -68,6 +62,17 @@ func (w World) Allowed(c Conn) (bool, string) {
 		return w.Ingress(c)
 	}
 	return w.plaintext(c)
+}
+
+// asPolicySees takes pods on the host's network for what they are to NetworkPolicy: addresses of nodes, and no pods.
+func (c Conn) asPolicySees() Conn {
+	if onHost(c.From) {
+		c.From = nil
+	}
+	if onHost(c.To) {
+		c.To = nil
+	}
+	return c
 }
 
 // plaintext decides at a destination with a sidecar on a peer that shows no certificate.
@@ -101,6 +106,7 @@ func (w World) Ingress(c Conn) (bool, string) { return w.ingressBy(c, anything) 
 
 // Egress is the source's egress policy alone. A source outside has none.
 func (w World) Egress(c Conn) (bool, string) {
+	c = c.asPolicySees()
 	isolating := w.Isolating(c.From, networkingv1.PolicyTypeEgress)
 	if len(isolating) == 0 {
 		return true, "no policy isolates the source for egress"
@@ -116,6 +122,7 @@ func (w World) Egress(c Conn) (bool, string) {
 }
 
 func (w World) ingressBy(c Conn, by evidence) (bool, string) {
+	c = c.asPolicySees()
 	isolating := w.Isolating(c.To, networkingv1.PolicyTypeIngress)
 	if len(isolating) == 0 {
 		return true, "no policy isolates the destination for ingress"

@@ -16,7 +16,7 @@ import (
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// shop is the cluster of all cases below: two namespaces, pods with a sidecar unless they are called old or host.
+// shop is the cluster of all cases below: two namespaces, pods with a sidecar unless they are called old, host or far.
 func shop(t *testing.T, policies string) World {
 	t.Helper()
 	w := World{PodNetwork: podNetwork, Mode: verdict.Permissive}
@@ -28,7 +28,7 @@ func shop(t *testing.T, policies string) World {
 		w.Objects.Namespaces = append(w.Objects.Namespaces, o)
 	}
 	always := corev1.ContainerRestartPolicyAlways
-	for i, name := range []string{"shop/web", "shop/api", "shop/db", "shop/old", "team/api", "team/old", "strict/api", "strict/db", "team/host"} {
+	for i, name := range []string{"shop/web", "shop/api", "shop/db", "shop/old", "team/api", "team/old", "strict/api", "strict/db", "team/host", "team/far"} {
 		ns, app, _ := strings.Cut(name, "/")
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: app, Labels: map[string]string{"app": app}}}
 		p.Status.PodIPs = []corev1.PodIP{{IP: fmt.Sprintf("10.64.0.%d", 10+i)}, {IP: fmt.Sprintf("fd00:10:64::%d", 10+i)}}
@@ -38,7 +38,10 @@ func shop(t *testing.T, policies string) World {
 			p.Status.PodIPs = []corev1.PodIP{{IP: "172.18.0.3"}}
 			p.Status.HostIPs = []corev1.HostIP{{IP: "172.18.0.3"}}
 		}
-		if app != "old" && app != "host" {
+		if app == "far" { // from a second range that nobody named as pod network
+			p.Status.PodIPs = []corev1.PodIP{{IP: "192.0.2.5"}}
+		}
+		if app != "old" && app != "host" && app != "far" {
 			p.Annotations = map[string]string{policy.SidecarAnnotation: policy.SidecarInjected}
 		}
 		if app == "db" {
@@ -129,7 +132,7 @@ func TestRecipes(t *testing.T) {
 		{"every namespace", in("shop", "{from: [{namespaceSelector: {}}]}"), "team/api > shop/db 1; shop/old > shop/db 1", "198.51.100.7 > shop/db 1; team/host > shop/db 1"},
 		{"a selector that matches nobody", in("shop", "{from: [{podSelector: {matchLabels: {app: x}}}]}"), "", "shop/web > shop/db 1; 198.51.100.7 > shop/db 1"},
 		{"expressions", in("shop", "{from: [{podSelector: {matchExpressions: [{key: app, operator: NotIn, values: [web, old]}, {key: app, operator: Exists}, {key: x, operator: NotIn, values: [y]}, {key: x, operator: DoesNotExist}]}}]}"), "shop/api > shop/db 1", "shop/web > shop/db 1; shop/old > shop/db 1"},
-		{"named ports", in("shop", "{ports: [{port: sql}, {port: metrics}, {port: sync, protocol: SCTP}]}"), "shop/web > shop/db 5432; shop/web > shop/db 9000; shop/web > shop/db 700/SCTP", "shop/web > shop/db 9001; shop/web > shop/db 700; shop/web > shop/api 5432; shop/web > shop/db 5432/UDP"},
+		{"named ports", in("shop", "{ports: [{port: sql}, {port: metrics}, {port: sync, protocol: SCTP}, {port: sync}]}"), "shop/web > shop/db 5432; shop/web > shop/db 9000; shop/web > shop/db 700/SCTP", "shop/web > shop/db 9001; shop/web > shop/db 700; shop/web > shop/api 5432; shop/web > shop/db 5432/UDP"},
 		{"ranges", in("shop", "{ports: [{port: 80, endPort: 82}, {port: 90, endPort: 90, protocol: UDP}, {protocol: SCTP}]}"), "shop/web > shop/db 80; shop/web > shop/db 82; shop/web > shop/db 90/UDP; shop/web > shop/db 65535/SCTP", "shop/web > shop/db 79; shop/web > shop/db 83; shop/web > shop/db 90; shop/web > shop/db 80/UDP; shop/web > shop/db 91/UDP"},
 		{"block with exception", in("shop", "{from: [{ipBlock: {cidr: 198.51.0.0/16, except: [198.51.100.0/24]}}, {ipBlock: {cidr: '2001:db8::/32'}}]}"), "198.51.99.1 > shop/db 1; 198.51.101.0 > shop/db 1; 2001:db8::1 > shop/db@6 1", "198.51.100.7 > shop/db 1; 198.52.0.0 > shop/db 1; shop/web > shop/db 1; 2001:db9::1 > shop/db@6 1"},
 		{"blocks hold pods", in("shop", "{from: [{ipBlock: {cidr: 10.64.0.0/16, except: [10.64.0.14/32]}}]}"), "shop/web > shop/db 1; team/old > shop/db 1", "team/api > shop/db 1; shop/web > shop/db@6 1; 10.64.9.9 > shop/db 1"},
@@ -140,10 +143,13 @@ func TestRecipes(t *testing.T) {
 		{"both ends, by whoever guards", denyOut + "---\n" + in("team", "{}"), "team/old > team/api 1", "shop/web > team/api 1; shop/old > team/api 1; shop/web > team/old 1; shop/web ~ team/api 1"},
 		{"an egress section implies Egress", "metadata: {namespace: shop, name: p}\nspec: {podSelector: {matchLabels: {app: web}}, egress: [{ports: [{port: 1}]}]}\n", "shop/web > team/api 1; shop/db > team/api 2", "shop/web > team/api 2; team/api > shop/web 1"},
 		{"an empty egress section does not", "metadata: {namespace: shop, name: p}\nspec: {podSelector: {matchLabels: {app: web}}, egress: [], policyTypes: []}\n", "shop/web > team/api 2", "team/api > shop/web 1"},
+		{"egress to every pod", out("{to: [{namespaceSelector: {}}]}, {ports: [{port: sql}]}"), "shop/web > team/api 1; shop/web > shop/db 5432", "shop/web > team/host 1; shop/web > 8.8.8.8 1"},
 		{"egress only leaves ingress alone", out("{}"), "team/api > shop/db 1; shop/web > team/api 1; shop/web > 8.8.8.8 1", ""},
 		{"policies add up", webToAPI + "---\n" + in("shop", "{from: [{podSelector: {matchLabels: {app: db}}}]}"), "shop/web > shop/api 80; shop/db > shop/api 81", "shop/web > shop/db 80"},
 		{"strict without policy", "", "shop/web > strict/api 1; 10.64.0.1 > strict/api 1; strict/api > shop/old 1", "shop/old > strict/api 1; 198.51.100.7 > strict/api 1; shop/web ~ strict/api 1; 10.64.9.9 > strict/api 1; team/host > strict/api 1"},
 		{"strict with anyone", in("strict", "{}"), "shop/web > strict/api 1; 10.64.0.1 > strict/api 1", "shop/old > strict/api 1; 198.51.100.7 > strict/api 1; shop/web ~ strict/api 1; team/host > strict/api 1"},
+		{"strict with selectors", in("strict", "{from: [{namespaceSelector: {}}]}"), "shop/web > strict/api 1", "team/old > strict/api 1; team/far > strict/api 1; 198.51.100.7 > strict/api 1"},
+		{"permissive with selectors", in("shop", "{from: [{namespaceSelector: {}}]}"), "team/far > shop/api 1", "198.51.100.7 > shop/api 1"},
 		{"strict with a block", in("strict", "{from: [{ipBlock: {cidr: 0.0.0.0/0}}, {namespaceSelector: {}}], ports: [{port: 1}]}"), "shop/web > strict/api 1; 198.51.100.7 > strict/api 1; team/host > strict/api 1", "shop/old > strict/api 1; 198.51.100.7 > strict/api 2; shop/web ~ strict/api 1; 10.64.9.9 > strict/api 1"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -159,6 +165,32 @@ func TestRecipes(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestPieces asks for one policy alone, as those do who check one end.
+func TestPieces(t *testing.T) {
+	w := shop(t, denyIn+"---\n"+in("team", "{from: [{podSelector: {}}]}")+"---\n"+out("{to: [{namespaceSelector: {}}]}"))
+	for text, want := range map[string][2]bool{ // ingress, egress
+		"shop/web > shop/db 1":   {false, true},
+		"shop/web > team/host 1": {true, false},
+		"team/host > team/api 1": {false, true},
+		"team/old > team/api 1":  {true, true},
+		"8.8.8.8 > team/api 1":   {false, true},
+		"shop/web > 8.8.8.8 1":   {true, false},
+	} {
+		c := attempt(t, w, text)
+		in, _ := w.Ingress(c)
+		out, _ := w.Egress(c)
+		if got := [2]bool{in, out}; got != want {
+			t.Errorf("%s: ingress and egress allow %v, should be %v", text, got, want)
+		}
+	}
+	for pod, want := range map[string]int{"shop/web": 1, "team/api": 1, "team/host": 0, "strict/api": 0} {
+		c := attempt(t, w, pod+" > 8.8.8.8 1")
+		if got := len(w.Isolating(c.From, networkingv1.PolicyTypeIngress)); got != want {
+			t.Errorf("%s is isolated for ingress by %d policies, should be %d", pod, got, want)
+		}
 	}
 }
 

@@ -311,7 +311,7 @@ func (p *pki) client(t *testing.T, sans []string) *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "leaf", Certificates: []tls.Certificate{p.leaf(t, sans)}}
 }
 
-// downstream is the server's side; serve must have been called.
+// downstream is the server's side, with the certificate for spiffe://td/server, which leaf has made before.
 func (p *pki) downstream() *tlsv3.DownstreamTlsContext {
 	source := func(kind string, der []byte) *corev3.DataSource {
 		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})}}

@@ -192,7 +192,10 @@ func ranges(ext *corev3.TypedExtensionConfig, value inputValue) ([]*matcherv3.Ma
 		return nil, fmt.Errorf("envoy refuses this IP matcher: %w", err)
 	}
 	addr, err := netip.ParseAddr(value.text)
-	isAddress := value.present && err == nil && addr.Zone() == ""
+	isAddress := value.present && err == nil
+	if isAddress && addr.Zone() != "" {
+		return nil, fmt.Errorf("custom matcher %q: what Envoy makes of %s, an address with a zone, is unknown here", ext.GetName(), addr)
+	}
 	type hit struct {
 		bits      int
 		exclusive bool

@@ -31,6 +31,9 @@ func TestEvaluateNeverGuesses(t *testing.T) {
 			t.Errorf("unknown %s: %+v without an error", name, got)
 		}
 	}
+	if got, err := Evaluate(byRange(peer, chain("two"), within(chain("one"), "::", 0)), from("fe80::1%1")); err == nil {
+		t.Errorf("an address with a zone: %+v without an error", got)
+	}
 	if got, err := Evaluate(exactly(dstIP, map[string]on{"a": chain("one")}, chain("two")), Connection{}); err == nil {
 		t.Errorf("a connection without the address asked for: %+v without an error", got)
 	}

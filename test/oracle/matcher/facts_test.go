@@ -44,6 +44,7 @@ var facts = []struct {
 	{"filter state unset, any pattern", list(chain("two"), when(value(unset, regex(".*")), chain("one"))), from(""), "two"},
 	{"filter state unset, in a trie", byRange(peer, chain("two"), within(chain("one"), "0.0.0.0", 0), within(chain("one"), "::", 0)), from(""), "two"},
 	{"filter state is no address", byRange(peer, chain("two"), within(chain("one"), "0.0.0.0", 0), within(chain("one"), "::", 0)), from("x"), "two"},
+	{"filter state is an IPv4-mapped address", byRange(peer, chain("two"), within(chain("three"), "0.0.0.0", 0), within(chain("one"), "::", 0)), from("::ffff:10.0.0.1"), "one"},
 	{"filter state is an address", byRange(peer, chain("two"), within(chain("one"), "::8080", 125)), from("::8087"), "one"},
 
 	{"nested miss under an exact map, outer on_no_match", exactly(dstPort, map[string]on{"80": missed(nil)}, chain("two")), from("b"), "two"},
