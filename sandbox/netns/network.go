@@ -57,6 +57,7 @@ type Network struct {
 	node      *os.File // this process's own network namespace
 
 	servicesMu sync.Mutex
+	table      int // which of tableNames is in force
 
 	mu      sync.Mutex
 	closed  bool
@@ -119,7 +120,7 @@ func (n *Network) prepareNode() error {
 }
 
 func (n *Network) clearNode() error {
-	return errors.Join(removeLinks(), clearTable(), unlinkNode(n.config.Node4, n.config.Node6))
+	return errors.Join(removeLinks(), clearTables(tableNames[:]...), unlinkNode(n.config.Node4, n.config.Node6))
 }
 
 // Enclosure describes where the network is.

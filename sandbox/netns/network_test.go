@@ -55,9 +55,12 @@ func testPods(t *testing.T, n *netns.Network, count int, ports ...netns.Port) []
 	return pods
 }
 
-func probe(t *testing.T, from interface {
+// prober is a pod, an outside or the node.
+type prober interface {
 	Probe(context.Context, []netns.Target) ([]netns.Outcome, error)
-}, targets ...netns.Target) []netns.Outcome {
+}
+
+func probe(t *testing.T, from prober, targets ...netns.Target) []netns.Outcome {
 	t.Helper()
 	for i := range targets {
 		if targets[i].Nonce == "" {
@@ -160,9 +163,7 @@ func TestRefusedResetClosedAndTimeoutDiffer(t *testing.T) {
 		return t
 	}
 	for _, nowhere := range []string{"10.64.99.99", "fd00:10:64::99"} {
-		for _, from := range []interface {
-			Probe(context.Context, []netns.Target) ([]netns.Outcome, error)
-		}{pods[0], n} {
+		for _, from := range []prober{pods[0], n} {
 			if o := probe(t, from, slow(at(nowhere, 80, netns.ClientFirst)))[0]; o.Connect != "no route to host" {
 				t.Errorf("to an address that nobody has, from %T: %+v", from, o)
 			}

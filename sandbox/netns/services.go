@@ -66,31 +66,56 @@ func (n *Network) SetServices(services []Service) error {
 	}
 	n.servicesMu.Lock()
 	defer n.servicesMu.Unlock()
-	t, err := openTable()
-	if err != nil {
-		return err
-	}
-	t.connections.AddTable(t.table) // so that there is one to delete
-	t.connections.DelTable(t.table)
-	t.connections.AddTable(t.table)
-	if err := errors.Join(t.family(ipv4, services, n.config.Node4), t.family(ipv6, services, n.config.Node6)); err != nil {
-		return fmt.Errorf("write the node's services: %w", err)
-	}
-	t.rejectUnknown()
-	if err := t.connections.Flush(); err != nil {
+	if err := n.replaceTable(services); err != nil {
 		return fmt.Errorf("set %d services in the kernel: %w", len(services), err)
 	}
 	return nil
 }
 
-func clearTable() error {
-	t, err := openTable()
+// tableNames are the node's table and the one that is to replace it.
+var tableNames = [2]string{"mantlet-node-0", "mantlet-node-1"}
+
+// replaceTable prepares a second table, without hooks, in as many transactions as its size takes (an ordinary user's are bounded), and
+// swaps the two in one.
+func (n *Network) replaceTable(services []Service) error {
+	before, after := tableNames[n.table], tableNames[1-n.table]
+	t, err := openTable(after)
 	if err != nil {
 		return err
 	}
+	t.empty(after)
 	t.connections.AddTable(t.table)
-	t.connections.DelTable(t.table)
+	err = errors.Join(t.family(ipv4, services, n.config.Node4), t.family(ipv6, services, n.config.Node6))
+	if err != nil {
+		return errors.Join(err, clearTables(after))
+	}
+	t.hookUp(ipv4, n.config.Node4)
+	t.hookUp(ipv6, n.config.Node6)
+	t.rejectUnknown()
+	t.empty(before)
+	if err := t.connections.Flush(); err != nil {
+		return errors.Join(err, clearTables(after))
+	}
+	n.table = 1 - n.table
+	return nil
+}
+
+func clearTables(names ...string) error {
+	t, err := openTable("")
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		t.empty(name)
+	}
 	return t.connections.Flush()
+}
+
+// empty deletes a table, there or not.
+func (t *table) empty(name string) {
+	gone := &nftables.Table{Family: nftables.TableFamilyINet, Name: name}
+	t.connections.AddTable(gone)
+	t.connections.DelTable(gone)
 }
 
 // table is the node's nftables table, as it is being written. Of each family it has
@@ -106,18 +131,20 @@ type table struct {
 	connections *nftables.Conn
 	table       *nftables.Table
 	hooks       map[string]*nftables.Chain
+	sets        map[string]*nftables.Set
 }
 
-func openTable() (*table, error) {
-	// One transaction is one message as far as the socket is concerned, and every part of it is acknowledged.
-	const room = 64 << 20
+func openTable(name string) (*table, error) {
+	// One transaction is one message as far as the socket is concerned, and each part of it is acknowledged.
+	const room = 4 << 20
 	c, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return errors.Join(c.SetWriteBuffer(room), c.SetReadBuffer(room))
+		return errors.Join(c.SetWriteBuffer(room), c.SetReadBuffer(room)) // an ordinary user gets less, which is no error
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	return &table{connections: c, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: "mantlet-node"}, hooks: map[string]*nftables.Chain{}}, nil
+	return &table{connections: c, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: name},
+		hooks: map[string]*nftables.Chain{}, sets: map[string]*nftables.Set{}}, nil
 }
 
 // hook returns the base chain of that name, which both families share.
@@ -188,6 +215,7 @@ func (t *table) family(f family, services []Service, node netip.Addr) error {
 	itself := &nftables.Set{Table: t.table, Name: "itself-" + f.suffix, KeyType: nftables.MustConcatSetType(f.kind, f.kind)}
 	sets := []*nftables.Set{empty, chosen, backends, itself}
 	for _, s := range sets {
+		t.sets[s.Name] = s
 		if err := t.connections.AddSet(s, nil); err != nil {
 			return err
 		}
@@ -221,20 +249,36 @@ func (t *table) family(f family, services []Service, node netip.Addr) error {
 			}
 		}
 	}
+	if err := t.connections.Flush(); err != nil {
+		return err
+	}
+	waiting := 0
 	for _, s := range sets {
-		// An attribute's length is 16 bits.
-		for part := range slices.Chunk(elements[s], 256) {
+		for part := range slices.Chunk(elements[s], elementsPerMessage) {
+			if waiting += len(part); waiting > elementsPerFlush {
+				if err := t.connections.Flush(); err != nil {
+					return err
+				}
+				waiting = len(part)
+			}
 			if err := t.connections.SetAddElements(s, part); err != nil {
 				return err
 			}
 		}
 	}
-	t.hookUp(f, empty, chosen, itself, node)
-	return nil
+	return t.connections.Flush()
 }
 
+const (
+	// The length of an attribute, which the elements of a message are, has 16 bits; an element takes up to 130 bytes.
+	elementsPerMessage = 256
+	// What an ordinary user's socket takes in one transaction, with the default net.core.wmem_max.
+	elementsPerFlush = 1024
+)
+
 // hookUp sends packets to the sets from the node's hooks: those of pods on arrival, the node's own on departure.
-func (t *table) hookUp(f family, empty, chosen, itself *nftables.Set, node netip.Addr) {
+func (t *table) hookUp(f family, node netip.Addr) {
+	empty, chosen, itself := t.sets["empty-"+f.suffix], t.sets["services-"+f.suffix], t.sets["itself-"+f.suffix]
 	refuse := t.chain("refuse-" + f.suffix)
 	t.rule(refuse, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
