@@ -179,7 +179,7 @@ func (d *document) brokenYAML(err error) Problems {
 	text, line := strings.TrimPrefix(err.Error(), "yaml: "), 0
 	if m := yamlLine.FindStringSubmatchIndex(text); m != nil {
 		if n, err := strconv.Atoi(text[m[2]:m[3]]); err == nil {
-			line = d.line + n - 1
+			line = d.fileLine(n)
 		}
 		text = text[m[1]:]
 	}

@@ -46,7 +46,14 @@ func (it *item) line(field string) int {
 		}
 		line, n, path = at, child, rest
 	}
-	return it.doc.line + line - 1
+	return it.doc.fileLine(line)
+}
+
+// fileLine makes a line of the file of a line of the document. YAML also counts line breaks that editors do not show, and errors
+// at the end may lie beyond it: the last line is the limit.
+func (d *document) fileLine(n int) int {
+	last := 1 + bytes.Count(bytes.TrimSuffix(d.text, []byte("\n")), []byte("\n"))
+	return d.line + min(n, last) - 1
 }
 
 // step follows the first element of a path: the line at which the child begins, the child, and the rest of the path.
@@ -130,8 +137,8 @@ func (t *treeCheck) size(n *yaml3.Node, path string) int {
 			k := n.Content[i]
 			at := strings.TrimPrefix(path+"."+k.Value, ".")
 			if dup, ok := first[k.Value]; ok && k.Kind == yaml3.ScalarNode {
-				t.problems = append(t.problems, Problem{File: t.doc.file.name, Line: t.doc.line + k.Line - 1, Object: t.doc.object(), Field: at,
-					Text: fmt.Sprintf("key %q is already in line %d", k.Value, t.doc.line+dup.Line-1), Hint: "remove one of them"})
+				t.problems = append(t.problems, Problem{File: t.doc.file.name, Line: t.doc.fileLine(k.Line), Object: t.doc.object(), Field: at,
+					Text: fmt.Sprintf("key %q is already in line %d", k.Value, t.doc.fileLine(dup.Line)), Hint: "remove one of them"})
 			}
 			first[k.Value] = k
 			s += t.size(k, at) + t.size(n.Content[i+1], at)
