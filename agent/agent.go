@@ -1,0 +1,203 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/mantlet/mantlet/agent/envoy"
+	"github.com/mantlet/mantlet/agent/flows"
+	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/agent/sds"
+	"github.com/mantlet/mantlet/identity/svid"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// Run is the agent of one pod, in the network namespace of the process. It returns nil after a graceful stop, when ctx has ended, and an error
+// as soon as something fails that cannot be repaired. Either way Envoy is gone and the redirect stays: the pod is closed.
+func Run(ctx context.Context, cfg Config) (err error) {
+	began := time.Now()
+	if err := cfg.check(); err != nil {
+		return err
+	}
+	rules, err := cfg.redirect()
+	if err != nil {
+		return err
+	}
+	redirect, err := netfilter.New(rules, cfg.Logger)
+	if err != nil {
+		return err
+	}
+	if err := redirect.Apply(); err != nil { // before all else: closed from here on
+		return err
+	}
+	a, err := assemble(cfg, redirect)
+	if err != nil {
+		return err
+	}
+	return a.run(ctx, began)
+}
+
+// agent holds the parts.
+type agent struct {
+	cfg       Config
+	dir       *runDir
+	redirect  *netfilter.Redirect
+	source    *svid.Builtin
+	upstream  *grpc.ClientConn
+	relay     *relay.Relay
+	sds       *sds.Server
+	flows     *flows.Receiver
+	peer      *peer
+	envoy     *envoy.Process
+	readiness *readiness
+	stopping  chan struct{} // closed when the agent begins to stop
+
+	socket, statusSocket net.Listener
+}
+
+// assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open.
+func assemble(cfg Config, redirect *netfilter.Redirect) (a *agent, err error) {
+	a = &agent{cfg: cfg, redirect: redirect, stopping: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			a.closeFiles()
+		}
+	}()
+	if a.dir, err = openRunDir(cfg.RunDir, cfg.Exempt); err != nil {
+		return nil, err
+	}
+	if a.socket, err = a.dir.listen(AgentSocket(cfg.RunDir), 0o660, a.dir.gid); err != nil {
+		return nil, err
+	}
+	if a.statusSocket, err = a.dir.listen(StatusSocket(cfg.RunDir), 0o600, -1); err != nil {
+		return nil, err
+	}
+	a.source, err = svid.NewBuiltin(svid.BuiltinConfig{
+		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Token: cfg.Token, Log: cfg.Logger,
+		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return netfilter.Dial(ctx, "tcp", addr) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.upstream, err = relay.Upstream{
+		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, SVID: a.source, Bundle: a.source, Token: cfg.Token, DialContext: netfilter.Dial,
+	}.Connect()
+	if err != nil {
+		return nil, err
+	}
+	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
+	a.sds = sds.New(a.source, cfg.Logger)
+	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
+	uid := os.Geteuid()
+	if cfg.Exempt == envoy.OwnUser {
+		uid = names.ProxyUID
+	}
+	a.peer = newPeer(uid)
+	a.envoy, err = envoy.New(envoy.Config{
+		Path: cfg.Envoy, Dir: EnvoyDir(cfg.RunDir), Pod: cfg.Pod, AgentSocket: AgentSocket(cfg.RunDir),
+		Privilege: cfg.Exempt, Concurrency: cfg.Concurrency, DrainTimeout: cfg.DrainTimeout, Output: cfg.EnvoyLog, Logger: cfg.Logger,
+		Started: a.peer.set,
+		Exited: func() {
+			a.peer.set(0)
+			a.relay.Ledger().Forget()
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.readiness = &readiness{redirect: redirect, source: a.source, relay: a.relay, envoy: a.peer, stopping: a.stopping}
+	return a, nil
+}
+
+// self is the pod's own SPIFFE ID, or "" while it has none.
+func (a *agent) self() string {
+	s, err := a.source.GetX509SVID()
+	if err != nil {
+		return ""
+	}
+	return s.ID.String()
+}
+
+func (a *agent) closeFiles() {
+	if a.upstream != nil {
+		_ = a.upstream.Close()
+	}
+	for _, l := range []net.Listener{a.socket, a.statusSocket} {
+		if l != nil {
+			_ = l.Close()
+		}
+	}
+	if a.dir != nil {
+		_ = a.dir.close()
+	}
+}
+
+// flowsPatience bounds how long the last flow records may take to be written.
+const flowsPatience = time.Second
+
+// run runs the parts. Envoy ends first, with all that it needs still there; then the rest ends in the order in which it is
+// no longer needed.
+func (a *agent) run(ctx context.Context, began time.Time) error {
+	defer a.closeFiles()
+	server := grpc.NewServer(grpc.ForceServerCodecV2(relay.Codec()))
+	a.relay.Register(server)
+	a.sds.Register(server)
+	a.flows.Register(server)
+	probes := &http.Server{Handler: statusHandler(a.readiness), ReadHeaderTimeout: 5 * time.Second}
+
+	rest, endRest := context.WithCancel(context.WithoutCancel(ctx)) // outlives Envoy
+	defer endRest()
+	logs, endLogs := context.WithCancel(context.WithoutCancel(ctx)) // outlives the rest
+	defer endLogs()
+	written := make(chan struct{})
+	go func() {
+		a.flows.Run(logs)
+		close(written)
+	}()
+
+	parts, failed := errgroup.WithContext(ctx)
+	parts.Go(func() error { return named("agent socket", server.Serve(guarded{a.socket, a.peer, a.cfg.Logger})) })
+	parts.Go(func() error { return named("status socket", probes.Serve(a.statusSocket)) })
+	parts.Go(func() error { return a.source.Run(rest) })
+	parts.Go(func() error { return a.redirect.Guard(rest) })
+	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
+	parts.Go(func() error {
+		<-failed.Done()
+		close(a.stopping)
+		return nil
+	})
+	parts.Go(func() error {
+		err := a.envoy.Run(failed)
+		endRest()
+		a.sds.Close()
+		a.relay.Close()
+		server.Stop()
+		_ = probes.Close()
+		return err
+	})
+	err := parts.Wait()
+	endLogs()
+	select {
+	case <-written:
+	case <-time.After(flowsPatience):
+		a.cfg.Logger.Error("agent: the flow records' writer blocks; the last ones are lost")
+	}
+	return err
+}
+
+// named leaves out the errors that a server that was stopped ends with.
+func named(what string, err error) error {
+	if err == nil || errors.Is(err, http.ErrServerClosed) || errors.Is(err, grpc.ErrServerStopped) {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}

@@ -1,0 +1,80 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/agent/envoy"
+	"github.com/mantlet/mantlet/agent/netfilter"
+)
+
+// Config is what an agent is told. All fields are required except where they say otherwise.
+type Config struct {
+	Pod          string // "namespace/name"
+	ControlPlane string // "host:port"
+	TrustDomain  spiffeid.TrustDomain
+	Bundle       *x509bundle.Bundle     // roots that the control plane is verified against at first
+	Token        func() (string, error) // the pod's token; asked for each time it is needed
+	Envoy        string                 // path of the binary, or its name on PATH
+	RunDir       string                 // made if it is not there; the folders above must let the proxy's user pass
+	Flows        io.Writer              // flow records, one JSON object a line
+	Concurrency  int                    // Envoy's worker threads; 0: 1
+	Exempt       envoy.Privilege        // how the redirect tells Envoy's connections; "": envoy.OwnUser
+	DrainTimeout time.Duration          // how long open connections may live on after the end was asked for; 0: they are cut
+	EnvoyLog     io.Writer              // Envoy's log; nil: thrown away
+	Logger       *slog.Logger
+}
+
+// AgentSocket, StatusSocket and EnvoyDir are where things are in a run directory.
+func AgentSocket(runDir string) string  { return filepath.Join(runDir, "agent.sock") }
+func StatusSocket(runDir string) string { return filepath.Join(runDir, "status.sock") } //nolint:revive // see AgentSocket
+func EnvoyDir(runDir string) string     { return filepath.Join(runDir, "envoy") }       //nolint:revive // see AgentSocket
+
+func (c *Config) check() error {
+	if c.Concurrency == 0 {
+		c.Concurrency = 1
+	}
+	if c.Exempt == "" {
+		c.Exempt = envoy.OwnUser
+	}
+	if c.EnvoyLog == nil {
+		c.EnvoyLog = io.Discard
+	}
+	if _, _, err := net.SplitHostPort(c.ControlPlane); err != nil {
+		return fmt.Errorf("control plane address %q: %w", c.ControlPlane, err)
+	}
+	switch {
+	case c.TrustDomain.IsZero():
+		return errors.New("the trust domain is missing")
+	case c.Bundle == nil || c.Bundle.Empty():
+		return errors.New("the trust bundle is missing or holds no certificate")
+	case c.Token == nil || c.Flows == nil || c.Logger == nil:
+		return errors.New("token, flows and logger must be set")
+	case c.RunDir == "":
+		return errors.New("the run directory is missing")
+	case c.DrainTimeout < 0:
+		return fmt.Errorf("drain timeout %s is negative", c.DrainTimeout)
+	}
+	var err error
+	c.RunDir, err = filepath.Abs(c.RunDir)
+	return err
+}
+
+// redirect is the netfilter configuration that goes with how Envoy runs.
+func (c *Config) redirect() (netfilter.Config, error) {
+	switch c.Exempt {
+	case envoy.OwnUser:
+		return netfilter.ByUser(), nil
+	case envoy.SharedUser:
+		return netfilter.ByMark(), nil
+	}
+	return netfilter.Config{}, fmt.Errorf("exempt %q: not %s or %s", string(c.Exempt), envoy.OwnUser, envoy.SharedUser)
+}

@@ -1,0 +1,23 @@
+// Package agent is the process beside Envoy in a pod's sidecar: it wires the rooms below it and says when the pod is enforced.
+//
+//	1 netfilter: redirect in place ─ nothing listens yet: refused
+//	2 agent.sock: relay (ADS), sds, flows            control plane
+//	3 svid: key, CSR ───────────────────────────────────►│
+//	4 envoy: started ──agent.sock──► relay ──mTLS────────►│
+//	5 ready: 1 still in place, SVID valid, policy ACKed, capture ports listened on by Envoy
+//
+//	SIGTERM: not ready, Envoy drains and ends, then everything else. The redirect stays: a pod without its sidecar is closed.
+//
+// # Files
+//
+// All are in the run directory, which only the agent's user and the proxy's group may enter:
+//
+//	agent.lock        held while an agent runs
+//	agent.sock        for Envoy: ADS, SDS (private key!), access logs
+//	status.sock       for probes: GET /ready, GET /ready?wait=30s
+//	envoy/            Envoy's own: bootstrap.json, admin.sock
+//
+// Whoever connects to agent.sock must be the very Envoy process that this agent started: the kernel tells the pid and user at the
+// other end of a unix socket (SO_PEERCRED). The file modes keep other users away already; the pid holds where everybody is the
+// same user, in a user namespace that maps one user only.
+package agent

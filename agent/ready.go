@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/identity/svid"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// readiness knows whether the pod is enforced: everything that it takes is there at this moment.
+type readiness struct {
+	redirect interface{ Check() error }
+	source   svid.Source
+	relay    *relay.Relay
+	envoy    *peer
+	stopping <-chan struct{}
+}
+
+// state is what there was at one moment.
+type state struct {
+	missing []string // in the order in which it comes, in words for a person; empty: ready
+	quiet   bool     // what is missing tells of no event when it comes
+	changed [3]<-chan struct{}
+}
+
+func (r *readiness) state() state {
+	pid, envoyChanged := r.envoy.get()
+	s := state{changed: [3]<-chan struct{}{r.relay.Ledger().Changed(), r.source.Updated(), envoyChanged}}
+	select {
+	case <-r.stopping:
+		s.missing = []string{"the agent is stopping"}
+		return s
+	default:
+	}
+	if err := r.redirect.Check(); err != nil { // whoever guards the redirect is about to write it again
+		s.missing = append(s.missing, err.Error())
+		s.quiet = true
+	}
+	if _, err := r.source.GetX509SVID(); err != nil {
+		s.missing = append(s.missing, err.Error())
+	}
+	if pid == 0 {
+		s.missing = append(s.missing, "envoy is not running")
+		return s
+	}
+	ledger := r.relay.Ledger()
+	unheld := ledger.Missing(relay.TypeListener, names.Inbound, names.Gate, names.Outbound)
+	unheld = append(unheld, ledger.Missing(relay.TypeExtension, names.RBAC)...)
+	if len(unheld) > 0 {
+		why := "envoy has not accepted: " + strings.Join(unheld, ", ")
+		if trouble := r.relay.Trouble(); trouble != "" {
+			why += " (" + trouble + ")"
+		}
+		s.missing = append(s.missing, why)
+		return s
+	}
+	closed, err := notListening(r.envoy.uid, names.InboundPort, names.OutboundPort)
+	switch {
+	case err != nil:
+		s.missing = append(s.missing, err.Error())
+	case len(closed) > 0: // Envoy listens milliseconds after its ACK
+		s.missing = append(s.missing, "envoy does not listen on port "+portList(closed))
+		s.quiet = true
+	}
+	return s
+}
+
+// recheck is for what tells of no event.
+const recheck = 10 * time.Millisecond
+
+// wait returns nil as soon as nothing is missing, or what is missing when ctx or the agent ends.
+func (r *readiness) wait(ctx context.Context) []string {
+	for {
+		s := r.state()
+		if len(s.missing) == 0 {
+			return nil
+		}
+		var tick <-chan time.Time
+		if s.quiet {
+			tick = time.After(recheck)
+		}
+		select {
+		case <-ctx.Done():
+			return s.missing
+		case <-r.stopping:
+			return []string{"the agent is stopping"}
+		case <-s.changed[0]:
+		case <-s.changed[1]:
+		case <-s.changed[2]:
+		case <-tick:
+		}
+	}
+}
+
+// watch logs when the pod becomes enforced and when it no longer is, until ctx ends.
+func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Logger) {
+	for ctx.Err() == nil {
+		if r.wait(ctx) != nil {
+			return
+		}
+		logger.Info("agent: ready", "after", time.Since(began).Round(time.Millisecond))
+		for {
+			s := r.state()
+			if len(s.missing) > 0 {
+				logger.Warn("agent: no longer ready", "missing", strings.Join(s.missing, "; "))
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-r.stopping:
+				return
+			case <-s.changed[0]:
+			case <-s.changed[1]:
+			case <-s.changed[2]:
+			}
+		}
+	}
+}
