@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -268,12 +269,12 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 	var mu sync.Mutex
 	ready := 0
 	g, gctx := errgroup.WithContext(ctx)
-	for _, p := range injected {
+	for i, p := range injected {
 		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: string(uid(p.spec))}, attest.Audience)
 		if err != nil {
 			return err
 		}
-		if p.agent, err = run.start(ctx, p.net, filepath.Join(s.dir, "pods", p.spec.Namespace, p.spec.Name), token); err != nil {
+		if p.agent, err = run.start(ctx, p.net, filepath.Join(s.dir, "pods", strconv.Itoa(i)), token); err != nil {
 			return err
 		}
 		g.Go(func() error {

@@ -162,6 +162,7 @@ func (e *Evaluator) nearest(proto Protocol, port uint16, peer Peer) (Reason, boo
 				ports = rule.Ports
 			}
 		}
+		r.Nearest = true
 		r.Text = fmt.Sprintf("peer %s matches %s of %s, but port %d/%s is not %s", peer, r.Rule, r.Policy, port, proto, ports)
 		return r, true
 	}
@@ -196,11 +197,11 @@ func (e *Evaluator) miss(proto Protocol, port uint16, peer Peer) Reason {
 	who := fmt.Sprintf("isolated for %s by %s", e.direct, join(t.Isolating))
 	switch {
 	case len(onPort) > 0:
-		return Reason{policy, rule, fmt.Sprintf("%s: %s, and %s is not among them", who, join(onPort), peer)}
+		return Reason{Policy: policy, Rule: rule, Text: fmt.Sprintf("%s: %s, and %s is not among them", who, join(onPort), peer)}
 	case len(all) > 0:
-		return Reason{policy, rule, fmt.Sprintf("%s: %s; none admits port %d/%s", who, join(all), port, proto)}
+		return Reason{Policy: policy, Rule: rule, Text: fmt.Sprintf("%s: %s; none admits port %d/%s", who, join(all), port, proto)}
 	}
-	return Reason{policy, rule, who + ", which has no rule: nothing is admitted"}
+	return Reason{Policy: policy, Rule: rule, Text: who + ", which has no rule: nothing is admitted"}
 }
 
 // admitsSomebody reports whether any entry for the port has its reason in the rule.

@@ -23,7 +23,10 @@ func database(mode Mode) *Verdicts {
 			{Policy: "shop/db", Rule: "ingress[0]", Peers: "pods app=api", Ports: "5432/TCP"},
 			{Policy: "shop/db", Rule: "ingress[1]", Peers: "ipBlock 203.0.113.0/24", Ports: "8000-8010/TCP"},
 		},
-		Reasons: []Reason{{"shop/db", "ingress[0]", "admits"}, {Text: "another pod of the identity"}, {"shop/db", "ingress[1]", "admits block"}, {Text: "carved out"}},
+		Reasons: []Reason{
+			{Policy: "shop/db", Rule: "ingress[0]", Text: "admits"}, {Text: "another pod of the identity"},
+			{Policy: "shop/db", Rule: "ingress[1]", Text: "admits block"}, {Text: "carved out"},
+		},
 		Blocks: []Block{
 			{TCP, []PortRange{{5432, 5432}}, Peers{ByIdentity: []Identity{
 				{ID: api, Verdict: Verdict{true, 0}},

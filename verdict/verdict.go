@@ -157,6 +157,8 @@ type Reason struct {
 	Policy string `json:"policy,omitempty"` // "namespace/name"
 	Rule   string `json:"rule,omitempty"`   // "ingress[0]"
 	Text   string `json:"text"`
+	// Nearest marks a denial where Policy and Rule admit this peer on other ports: the nearest miss.
+	Nearest bool `json:"nearest,omitempty"`
 }
 
 // Block holds the peers of a group of ports that have the same peers.

@@ -11,7 +11,7 @@ import (
 func TestDecimalRangeIsExact(t *testing.T) {
 	r := rand.New(rand.NewSource(1))
 	ranges := [][2]int{{1, 65535}, {1, 1}, {65535, 65535}, {8080, 8123}, {99, 101}, {9, 10}, {1000, 1999}, {1024, 65535}, {1, 5431}}
-	for range 40 {
+	for range 8 {
 		a := 1 + r.Intn(65535)
 		ranges = append(ranges, [2]int{a, a + r.Intn(65536-a)})
 	}

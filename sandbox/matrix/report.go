@@ -207,32 +207,53 @@ func cell(cs []*Connection) (symbol, colour string) {
 	return cellMTLS, "32"
 }
 
-// explain lists denials and their reasons, one line for the families of a destination, and all mismatches.
+// denial is a line of the explanation: the families of a destination share one.
+type denial struct {
+	where  string
+	reason verdict.Reason
+}
+
+// explain lists all mismatches, and denials with their reasons: first one of each kind, a kind being a policy and whether the denial
+// is a nearest miss, then the others.
 func (r *Report) explain(b *bufio.Writer, most int) {
-	type line struct{ from, to, text string }
-	seen := map[line]bool{}
-	shown, more := 0, 0
+	var firsts, others []denial
+	seen, kinds := map[denial]bool{}, map[verdict.Reason]bool{}
 	for i := range r.Connections {
 		c := &r.Connections[i]
 		where := fmt.Sprintf("%s → %s:%d", c.From, c.To, c.Port)
 		if c.Mismatch != "" {
 			fmt.Fprintf(b, "MISMATCH %s (%s): %s\n", where, c.Address, c.Mismatch)
 		}
-		l := line{c.From, fmt.Sprintf("%s:%d%s", c.To, c.Port, c.Via), c.Reason.Text}
-		if c.Verdict != Denied || seen[l] {
+		d := denial{where, c.Reason}
+		if c.Verdict != Denied || seen[d] {
 			continue
 		}
-		seen[l] = true
-		if shown == most {
-			more++
-			continue
+		seen[d] = true
+		if kind := (verdict.Reason{Policy: c.Reason.Policy, Nearest: c.Reason.Nearest}); !kinds[kind] {
+			kinds[kind] = true
+			firsts = append(firsts, d)
+		} else {
+			others = append(others, d)
 		}
-		if shown++; shown == 1 {
+	}
+	slices.SortStableFunc(firsts, func(a, b denial) int { return rank(a) - rank(b) })
+	list := append(firsts, others...)
+	for i, d := range list {
+		if i == most {
+			fmt.Fprintf(b, "  … and %d more; --explain N shows more of them, -o json all\n", len(list)-most)
+			break
+		}
+		if i == 0 {
 			b.WriteString("\nDenied:\n")
 		}
-		fmt.Fprintf(b, "  %s\n      %s\n", where, c.Reason.Text)
+		fmt.Fprintf(b, "  %s\n      %s\n", d.where, d.reason.Text)
 	}
-	if more > 0 && most > 0 {
-		fmt.Fprintf(b, "  … and %d more; --explain N shows more of them, -o json all\n", more)
+}
+
+// rank puts nearest misses first: they are what people look for.
+func rank(d denial) int {
+	if d.reason.Nearest {
+		return 0
 	}
+	return 1
 }
