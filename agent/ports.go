@@ -3,18 +3,17 @@ package agent
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"strconv"
-
-	"errors"
 )
 
 // notListening returns those of the TCP ports that no socket of the user listens on in this network namespace, for every address.
 func notListening(uid int, ports ...uint16) ([]uint16, error) {
 	open := map[uint16]bool{}
-	for _, file := range []string{"/proc/self/net/tcp6", "/proc/self/net/tcp"} {
+	for _, file := range []string{"/proc/thread-self/net/tcp6", "/proc/thread-self/net/tcp"} {
 		text, err := os.ReadFile(file)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // a kernel without IPv6

@@ -59,6 +59,14 @@ func (b Bootstrap) JSON() ([]byte, error) {
 			"name":         "internal_listener",
 			"typed_config": object{"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener"},
 		}},
+		// No limit to speak of: file descriptors run out first. Envoy warns at each start where there is none at all.
+		"overload_manager": object{"resource_monitors": list{object{
+			"name": "envoy.resource_monitors.global_downstream_max_connections",
+			"typed_config": object{
+				"@type":                             "type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+				"max_active_downstream_connections": 1 << 24,
+			},
+		}}},
 		// The stats of on-demand clusters are most of what such a cluster costs, and nobody reads them: flows tell more.
 		"stats_config": object{"stats_matcher": object{"exclusion_list": object{"patterns": list{
 			object{"prefix": "cluster." + names.OnDemandPrefix},
