@@ -20,11 +20,11 @@ func explain(err error) error {
 	if hasCapability(unix.CAP_SYS_ADMIN) {
 		return fmt.Errorf("enter the sandbox's namespaces: %w", err)
 	}
-	return forbidden(err, os.ReadFile)
+	return forbidden(err, os.Geteuid(), os.ReadFile)
 }
 
-func forbidden(err error, read func(string) ([]byte, error)) error {
-	if os.Geteuid() == 0 {
+func forbidden(err error, uid int, read func(string) ([]byte, error)) error {
+	if uid == 0 {
 		return fmt.Errorf("enter the sandbox's namespaces: %w: this root has not the capability CAP_SYS_ADMIN "+
 			"(a container without it?)\nhint: run it outside the container, or in one that has it", err)
 	}

@@ -43,7 +43,7 @@ func initMain() int {
 		return fail(fmt.Errorf("set the host name of the sandbox: %w", err))
 	}
 	own := make(chan os.Signal, 16)
-	signal.Notify(own, forwarded...)
+	signal.Notify(own, append([]os.Signal{marker}, forwarded...)...)
 
 	// Neither os/exec nor os.StartProcess: both keep a handle that wants to wait for the child.
 	inner, err := syscall.ForkExec("/proc/self/exe", append([]string{roleInner}, os.Args[1:]...),
@@ -87,12 +87,19 @@ func reap(inner int) (exitCode int) {
 	}
 }
 
-// sameSignal is how far apart the two copies of one keystroke arrive here at most: one from the terminal, one by way of the outer process.
-const sameSignal = 200 * time.Millisecond
+const (
+	// sameSignal is how far apart the two copies of one keystroke are at most: that from the terminal, and that by way of the outer process.
+	sameSignal = 2 * time.Second
+	// marker is a signal that init sends to itself. It has a higher number than the forwarded ones, so that it is delivered after those
+	// that were there before it.
+	marker = syscall.Signal(50)
+)
 
 // forwardSignals delivers what the outer process was sent. A terminal sends Ctrl-C to the whole foreground group: then outer, init and
 // inner all have it already, and forwarding would make it two, which many programs take for "at once!". init is in that group, so what
 // reaches itself has reached inner too.
+//
+// own has the forwarded signals and the marker.
 func forwardSignals(own <-chan os.Signal, asked <-chan syscall.Signal, deliver func(syscall.Signal)) {
 	lastOwn := map[os.Signal]time.Time{}
 	for {
@@ -100,30 +107,19 @@ func forwardSignals(own <-chan os.Signal, asked <-chan syscall.Signal, deliver f
 		case s := <-own:
 			lastOwn[s] = time.Now()
 		case s := <-asked:
+			// By the time that the outer process has told of a signal to the group, this process has it too, perhaps still on the way.
+			_ = syscall.Kill(os.Getpid(), marker)
+			for o := range own {
+				if o == marker {
+					break
+				}
+				lastOwn[o] = time.Now()
+			}
 			if at, ok := lastOwn[s]; ok && time.Since(at) < sameSignal {
 				delete(lastOwn, s)
 				continue
 			}
-			if !arrives(own, s, lastOwn) {
-				deliver(s)
-			}
-		}
-	}
-}
-
-// arrives waits for the terminal's copy of a signal, which may come second.
-func arrives(own <-chan os.Signal, want os.Signal, lastOwn map[os.Signal]time.Time) bool {
-	late := time.NewTimer(sameSignal)
-	defer late.Stop()
-	for {
-		select {
-		case s := <-own:
-			if s == want {
-				return true
-			}
-			lastOwn[s] = time.Now()
-		case <-late.C:
-			return false
+			deliver(s)
 		}
 	}
 }
