@@ -173,11 +173,7 @@ func (e *Evaluator) nearest(proto Protocol, port uint16, peer Peer) (Reason, boo
 func (e *Evaluator) miss(proto Protocol, port uint16, peer Peer) Reason {
 	t := e.table
 	if e.direct == "ingress" && e.mode == Strict && peer.ID.IsZero() {
-		r := Reason{Text: fmt.Sprintf("plaintext: %s shows no identity, and a strict workload accepts that only from what an ipBlock names outside the pod network", peer)}
-		if len(t.Isolating) > 0 {
-			r.Policy = t.Isolating[0]
-		}
-		return r
+		return Reason{Text: fmt.Sprintf("plaintext: %s shows no identity, and a strict workload accepts that only from what an ipBlock names outside the pod network", peer)}
 	}
 	if len(t.Isolating) == 0 {
 		return Reason{Text: fmt.Sprintf("nothing admits %s on port %d/%s", peer, port, proto)}

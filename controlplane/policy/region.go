@@ -17,10 +17,12 @@ type area struct {
 	blocks []ipBlock
 }
 
-// regionEntry says which rule admits the addresses for which its prefix is the longest that holds them; -1: none.
+// regionEntry says which rule admits the addresses for which its prefix is the longest that holds them; -1: none. carved is then
+// the rule with the ipBlock that excepts them; -1: they are closed for another reason.
 type regionEntry struct {
 	prefix netip.Prefix
 	rule   int
+	carved int
 }
 
 // region flattens ipBlocks and their exceptions into prefixes of which the longest decides. Every prefix that begins or ends an
@@ -49,11 +51,15 @@ func region(areas []area) []regionEntry {
 	var out []regionEntry
 	// In sorted order a prefix comes before all prefixes inside it, so that its parent is decided when it is asked.
 	for p := range boundaries.AllSorted() {
-		rule := -1
+		rule, carved := -1, -1
 		for _, list := range admissions.Supernets(p) {
 			for _, a := range list {
-				if (rule < 0 || a.rule < rule) && !excepts(a.block, p) {
-					rule = a.rule
+				least := &rule
+				if excepts(a.block, p) {
+					least = &carved
+				}
+				if *least < 0 || a.rule < *least {
+					*least = a.rule
 				}
 			}
 		}
@@ -63,7 +69,7 @@ func region(areas []area) []regionEntry {
 		}
 		if rule != parent {
 			decided.Insert(p, rule)
-			out = append(out, regionEntry{p, rule})
+			out = append(out, regionEntry{p, rule, carved})
 		}
 	}
 	return out
@@ -94,7 +100,7 @@ func without(entries []regionEntry, networks []netip.Prefix) []regionEntry {
 	}
 	for _, n := range networks {
 		if regionRule(out, n.Addr()) >= 0 {
-			out = append(out, regionEntry{n, -1})
+			out = append(out, regionEntry{n, -1, -1})
 		}
 	}
 	return out

@@ -211,22 +211,24 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 		}
 		return outcome{falls: true}
 	}
-	prefixes := func(entries []regionEntry, fam int, none func() int) []verdict.Prefix {
+	prefixes := func(entries []regionEntry, fam int) []verdict.Prefix {
 		var out []verdict.Prefix
 		for _, e := range entries {
 			if fam >= 0 && family(e.prefix.Addr()) != fam {
 				continue
 			}
-			if e.rule >= 0 {
-				out = append(out, verdict.Prefix{Prefix: e.prefix, Verdict: allow(e.rule)})
-			} else {
-				out = append(out, verdict.Prefix{Prefix: e.prefix, Verdict: verdict.Verdict{Reason: none()}})
+			v := verdict.Verdict{}
+			switch {
+			case e.rule >= 0:
+				v = allow(e.rule)
+			case e.carved >= 0:
+				v.Reason = intern(d.excepted(e.carved))
+			default:
+				v.Reason = intern(d.closedReason)
 			}
+			out = append(out, verdict.Prefix{Prefix: e.prefix, Verdict: v})
 		}
 		return out
-	}
-	carved := func() int {
-		return intern(verdict.Reason{Text: "the address lies in an except of every ipBlock that holds it"})
 	}
 
 	for i := range d.identities {
@@ -244,7 +246,7 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 			default:
 				for fam, o := range []outcome{o4, o6} {
 					if o.falls {
-						entry.Addresses = append(entry.Addresses, prefixes(identified, fam, carved)...)
+						entry.Addresses = append(entry.Addresses, prefixes(identified, fam)...)
 					} else {
 						entry.Addresses = append(entry.Addresses, verdict.Prefix{Prefix: everywhere[fam], Verdict: o.verdict})
 					}
@@ -277,11 +279,11 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 			p.ByIdentity = append(p.ByIdentity, entry)
 		}
 	}
-	p.Identified = prefixes(identified, -1, carved)
+	p.Identified = prefixes(identified, -1)
 
 	anonymous := region(active(d.anonymous, proto, port))
 	outside := without(anonymous, d.closed)
-	p.Anonymous = prefixes(outside, -1, func() int { return intern(d.closedReason) })
+	p.Anonymous = prefixes(outside, -1)
 	for i := range d.known {
 		c := &d.known[i]
 		for _, a := range c.addrs {
@@ -298,6 +300,12 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 	sortPrefixes(p.Identified)
 	sortPrefixes(p.Anonymous)
 	return p
+}
+
+// excepted is the reason of addresses that a rule's ipBlock holds and excepts again.
+func (d *draft) excepted(rule int) verdict.Reason {
+	r := d.rules[rule]
+	return verdict.Reason{Policy: r.Policy, Rule: r.Rule, Text: fmt.Sprintf("%s of %s excepts the address: it admits %s on %s", r.Rule, r.Policy, r.Peers, r.Ports)}
 }
 
 // active picks the areas whose rule speaks of a port.
