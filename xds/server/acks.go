@@ -37,6 +37,7 @@ func (c *client) acked(ts *typeState, f *flight, now time.Time) []Event {
 		e.acked, e.ackedAt = it.version, now
 		e.confirmed = max(e.confirmed, it.seq)
 		ts.accept(e.name, it.version)
+		ts.accept(e.name, "") // a removal that was refused may be tried again from here
 		ts.mark(e)
 		ts.settle(e)
 		events = append(events, Event{Kind: Acked, Client: c.name, Type: ts.url, Name: e.name, Version: it.version, Published: it.wanted, Sent: f.at, At: now})
@@ -71,9 +72,7 @@ func (s *Server) rejected(c *client, ts *typeState, f *flight, reason string, no
 			continue
 		}
 		e.flight, e.alone = nil, false
-		if it.version != "" {
-			e.held = e.acked // what was in force stays in force
-		}
+		e.held = e.acked // what was in force stays in force
 		if !refused {
 			e.due = e.due || e.explicit
 			if len(guilty) == 0 {

@@ -57,7 +57,7 @@ type entry struct {
 	explicit bool    // subscribed to by name
 	due      bool    // the client waits for an answer, whatever it holds
 	alone    bool    // it was in a response that was NACKed without saying for whose sake: it gets one of its own
-	held     string  // acked, or the version on its way
+	held     string  // acked, or what is on its way
 	flight   *flight // the last response that carried it, until its ACK
 }
 
@@ -204,10 +204,7 @@ func (ts *typeState) settle(e *entry) {
 	if e.flight != nil || e.stale {
 		return
 	}
-	switch version := e.wantedVersion(); {
-	case version == "" && e.held == "":
-		e.confirmed = e.seq
-	case version != "" && version == e.acked && version == e.held:
+	if e.wantedVersion() == e.held { // with nothing on its way that is what was ACKed
 		e.confirmed = e.seq
 	}
 	if e.static == nil && !e.explicit && e.held == "" && !e.due {

@@ -38,13 +38,32 @@ type onDemand struct {
 	mu    sync.Mutex
 	known map[string]*server.Resource
 	asked []string
+	gate  chan struct{} // while open, Resolve waits for it
+	// blocked is told of each Resolve that waits.
+	blocked chan struct{}
+}
+
+// block has Resolve wait, after it knows its answer, until the returned channel is closed.
+func (o *onDemand) block() (release chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.gate = make(chan struct{})
+	return o.gate
 }
 
 func (o *onDemand) Resolve(_ server.Client, name string) (*server.Resource, bool) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	o.asked = append(o.asked, name)
 	r, ok := o.known[name]
+	gate := o.gate
+	o.mu.Unlock()
+	if gate != nil {
+		select {
+		case o.blocked <- struct{}{}:
+		default:
+		}
+		<-gate
+	}
 	return r, ok
 }
 
@@ -99,7 +118,7 @@ func start(t testing.TB, change func(*server.Config)) *bench {
 
 func startAt(t testing.TB, socket string, change func(*server.Config)) *bench {
 	t.Helper()
-	b := &bench{socket: socket, od: &onDemand{}, log: &log{}}
+	b := &bench{socket: socket, od: &onDemand{blocked: make(chan struct{}, 1)}, log: &log{}}
 	cfg := server.Config{Authenticator: byMetadata{}, OnDemand: b.od, Log: slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
 	if change != nil {
 		change(&cfg)
@@ -119,6 +138,15 @@ func startAt(t testing.TB, socket string, change func(*server.Config)) *bench {
 		<-done
 	})
 	t.Cleanup(func() {
+		b.od.mu.Lock()
+		if b.od.gate != nil {
+			select {
+			case <-b.od.gate:
+			default:
+				close(b.od.gate)
+			}
+		}
+		b.od.mu.Unlock()
 		b.stop()
 		if t.Failed() {
 			t.Logf("server log:\n%s", b.log)

@@ -78,6 +78,9 @@ func TestNackThatNamesResources(t *testing.T) {
 				s.nack(s.wants(c.typ+" +b"), c.reason)
 				s.gets(c.typ + " +c")
 				c.refused = []string{"b"}
+				s.silent()
+				b.Publish("ns/a", set(t, lds(t, "a", "2"), lds(t, "b", ""), lds(t, "c", "2"), cds(t, "a", "2"), cds(t, "b", ""), cds(t, "c", "2")))
+				s.gets(c.typ + " +a +c") // together again
 			} else { // the others once more, for Envoy remembers no version of a rejected response
 				rest := c.typ
 				for _, n := range []string{"a", "b", "c"} {
@@ -128,6 +131,160 @@ func TestNackOutlivesTheStreamButNotTheProcess(t *testing.T) {
 	if got := b.status("ns/a"); got != "lds in in force" {
 		t.Errorf("after the restart: %q", got)
 	}
+}
+
+func TestNackOfARemoval(t *testing.T) {
+	b := start(t, nil)
+	b.Publish("ns/a", set(t, lds(t, "in", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	s.gets("lds +in")
+	s.silent()
+	b.Publish("ns/a", server.Set{})
+	s.nack(s.wants("lds -in"), "in use")
+	s.silent() // not again
+	if got := b.status("ns/a"); got != "lds in refused: in use" {
+		t.Errorf("got %q", got)
+	}
+	b.Publish("ns/a", set(t, lds(t, "in", "2")))
+	s.gets("lds +in")
+	s.silent()
+	b.Publish("ns/a", server.Set{})
+	s.gets("lds -in")
+	s.silent()
+	if got := b.status("ns/a"); got != "" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestInnocentAnswersInARefusedResponseAreGivenAgain(t *testing.T) {
+	b := start(t, nil)
+	b.od.set("od|a", cds(t, "od|a", "1"))
+	b.od.set("od|b", cds(t, "od|b", "bad"))
+	b.Publish("ns/a", server.Set{})
+	s := b.connect(t, "ns/a")
+	s.ask("cds", "od|a")
+	s.gets("cds +od|a")
+	s.silent()
+	s.ask("cds", "od|a", "od|b")
+	s.nack(s.wants("cds +od|a +od|b"), "no")
+	s.gets("cds +od|a") // held, but asked for
+	s.gets("cds +od|b")
+}
+
+func TestAReconnectConfirmsOnlyWhatTheClientSays(t *testing.T) {
+	b := start(t, nil)
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	unconfirmed := func(what string) {
+		t.Helper()
+		if err := b.Ledger().Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConfirmed) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	b.Publish("ns/a", set(t, lds(t, "in", "1"), lds(t, "old", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("lds")
+	held := holds(s.gets("lds +in +old"))
+	s.silent()
+	s.cancel()
+
+	s = b.connect(t, "ns/a")
+	s.silent()
+	unconfirmed("nothing said yet")
+	s.ask("lds")
+	r := s.wants("lds +in +old")
+	if b.Ledger().InForce("ns/a", lds(t, "in", "1")) {
+		t.Error("in force in an Envoy that holds nothing")
+	}
+	s.ack(r)
+	s.silent()
+	b.Publish("ns/a", set(t, lds(t, "in", "1")))
+	s.wants("lds -old") // and no ACK
+	s.cancel()
+
+	s = b.connect(t, "ns/a")
+	s.silent()
+	unconfirmed("a removal on the last connection was never acknowledged")
+	s.resume("lds", held)
+	r = s.wants("lds -old")
+	if !b.Ledger().InForce("ns/a", lds(t, "in", "1")) {
+		t.Error("not in force though the client holds it")
+	}
+	unconfirmed("removal on its way")
+	s.ack(r)
+	s.silent()
+	if err := b.Ledger().Wait(ended, "ns/a"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnsubscribedIsNotInForce(t *testing.T) {
+	b := start(t, nil)
+	rbac := ecds(t, "rbac", "1")
+	b.Publish("ns/a", set(t, rbac, lds(t, "in", "1")))
+	s := b.connect(t, "ns/a")
+	s.ask("ecds", "rbac")
+	s.gets("ecds +rbac")
+	s.ask("lds")
+	s.gets("lds +in")
+	s.ask("ecds", "-rbac")
+	s.ask("lds", "-*")
+	s.silent()
+	if got, want := b.status("ns/a"), "lds in not subscribed; ecds rbac not subscribed"; got != want && got != "ecds rbac not subscribed; lds in not subscribed" {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if b.Ledger().InForce("ns/a", rbac) {
+		t.Error("in force though the client dropped it")
+	}
+}
+
+// What changes while OnDemand is being asked is not lost, and is not answered before it was asked for.
+func TestChangesWhileResolving(t *testing.T) {
+	b := start(t, nil)
+	b.od.set("od|a", cds(t, "od|a", "1"))
+	b.od.set("od|b", cds(t, "od|b", "1"))
+	b.Publish("ns/a", server.Set{})
+	s := b.connect(t, "ns/a")
+
+	release := b.od.block()
+	s.ask("cds", "od|a")
+	<-b.od.blocked
+	b.od.set("od|a", cds(t, "od|a", "2"))
+	b.Refresh("ns/a", "od|a")
+	s.ask("cds", "od|b")
+	await(t, "od|b subscribed", func() bool { return len(b.Subscribers("od|b")) == 1 })
+	close(release)
+	held := map[string]string{}
+	for len(held) < 2 || held["od|a"] != cds(t, "od|a", "2").Version {
+		r := s.next()
+		if len(r.RemovedResources) > 0 {
+			t.Errorf("answered as unknown before it was asked for: %v", r.RemovedResources)
+		}
+		for _, x := range r.Resources {
+			held[x.Name] = x.Version
+		}
+		s.ack(r)
+	}
+	s.silent()
+
+	// An ACK that arrives while the answer is being made does not confirm what is not made yet.
+	b.od.set("od|a", cds(t, "od|a", "3"))
+	b.Refresh("ns/a", "od|a")
+	r := s.wants("cds +od|a")
+	release = b.od.block()
+	b.od.set("od|a", cds(t, "od|a", "4"))
+	b.Refresh("ns/a", "od|a")
+	<-b.od.blocked
+	s.ack(r)
+	await(t, "ACK arrived", func() bool { return b.Ledger().InForce("ns/a", cds(t, "od|a", "3")) })
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := b.Ledger().Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConfirmed) {
+		t.Errorf("confirmed before it was resolved: %v", err)
+	}
+	close(release)
+	s.gets("cds +od|a")
 }
 
 func TestNackOnDemandIsAnswered(t *testing.T) {
@@ -248,12 +405,20 @@ func TestWait(t *testing.T) {
 	}
 
 	b.Publish("ns/a", set(t, ecds(t, "rbac", "3")))
+	r = s.wants("ecds +rbac")
 	done = waits()
-	b.Publish("ns/a", set(t, ecds(t, "rbac", "4"))) // what replaces it counts
-	for range 2 {
+	await(t, "Wait is under way", func() bool { return b.Ledger().Waiting("ns/a") })
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "4")))
+	s.ack(r) // what was published at the time of the call is enough
+	if err := <-done; err != nil {
+		t.Errorf("confirmed, and superseded meanwhile: %v", err)
+	}
+	b.Publish("ns/a", set(t, ecds(t, "rbac", "5"))) // 4 is on its way or was never sent
+	done = waits()
+	for {
 		r := s.next()
 		s.ack(r)
-		if r.Resources[0].Version == ecds(t, "rbac", "4").Version {
+		if r.Resources[0].Version == ecds(t, "rbac", "5").Version {
 			break
 		}
 	}

@@ -97,10 +97,12 @@ func (p *planner) additions(ts *typeState) (remove []*entry) {
 			r = nil
 		}
 		switch {
-		case r == nil && (e.due || e.held != "" && (e.explicit || ts.wildcard)):
+		case r == nil && (e.due || e.held != "" && (e.explicit || ts.wildcard) && ts.refusal(e.name, "") == nil):
 			remove = append(remove, e)
-		case r == nil:
-			e.held, e.acked = "", ""
+		case r == nil && (e.explicit || ts.wildcard):
+			p.drop(ts, e)
+		case r == nil: // the client dropped it when it unsubscribed
+			e.held, e.acked, e.confirmed = "", "", 0
 			p.drop(ts, e)
 		case e.held == r.Version && !e.due:
 			p.drop(ts, e)

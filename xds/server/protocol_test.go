@@ -337,6 +337,11 @@ func TestLimits(t *testing.T) {
 	b.od.set("od|12345678", cds(t, "od|12345678", "1"))
 	b.Publish("ns/a", server.Set{})
 	s := b.connect(t, "ns/a")
+	s.ask("cds", "od|12345678") // too long
+	s.gets("cds -od|12345678")
+	if got := b.SubscribedNames(); len(got) != 0 {
+		t.Errorf("subscribed: %v", got)
+	}
 	s.ask("cds", "od|1", "od|2", "od|3", "od|4", "od|12345678", "od|1")
 	s.gets("cds -od|1 -od|2 -od|3 -od|12345678 -od|4") // the last two refused
 	if got := b.SubscribedNames(); len(got) != 3 {

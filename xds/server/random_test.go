@@ -23,7 +23,8 @@ type replica struct {
 
 	mu        *sync.Mutex
 	held      map[string]string   // name → version, as Envoy would list them after a reconnect
-	convicted map[string][]string // versions refused for themselves
+	convicted map[string][]string // versions refused for themselves on this stream
+	tried     map[string][]string // the same, on any stream
 	stopped   chan struct{}
 }
 
@@ -72,6 +73,7 @@ func (r *replica) follow() {
 		for _, x := range resp.Resources {
 			if len(bad) > 0 && (len(resp.Resources) == 1 || named && strings.Contains(" "+strings.Join(bad, " ")+" ", " "+x.Name+" ")) {
 				r.convicted[x.Name] = append(r.convicted[x.Name], x.Version)
+				r.tried[x.Name] = append(r.tried[x.Name], x.Version)
 			}
 		}
 		r.mu.Unlock()
@@ -122,20 +124,18 @@ func randomRun(t *testing.T, seed uint64) {
 	publish()
 
 	var mu sync.Mutex
-	held, convicted := map[string]string{}, map[string][]string{}
+	held, tried := map[string]string{}, map[string][]string{}
 	connect := func() *replica {
-		r := &replica{sidecar: b.connect(t, "ns/a"), rnd: rand.New(rand.NewPCG(seed, rnd.Uint64())), mu: &mu, held: held, convicted: convicted, stopped: make(chan struct{})}
+		r := &replica{sidecar: b.connect(t, "ns/a"), rnd: rand.New(rand.NewPCG(seed, rnd.Uint64())), mu: &mu, held: held, convicted: map[string][]string{}, tried: tried, stopped: make(chan struct{})}
 		mu.Lock()
 		names := append(sortedKeys(subscribed), "*")
 		r.resume("cds", maps.Clone(held), names...)
-		if len(held) == 0 {
-			clear(convicted) // a fresh Envoy
-		}
 		mu.Unlock()
 		go r.follow()
 		return r
 	}
 	r := connect()
+	connected := func() bool { cs, _ := b.Ledger().Status("ns/a"); return cs.Connected }
 	for range 60 {
 		switch rnd.IntN(10) {
 		case 0, 1, 2, 3:
@@ -159,8 +159,10 @@ func randomRun(t *testing.T, seed uint64) {
 				r.ask("cds", name)
 			}
 		case 9:
-			r.cancel()
+			await(t, "the server sees the stream", connected)
+			r.cancel() // a NACK may be lost with it
 			<-r.stopped
+			await(t, "the server sees the end", func() bool { return !connected() })
 			mu.Lock()
 			for name := range held { // the client drops what it does not ask for any more
 				if strings.HasPrefix(name, "od|") && !subscribed[name] {
@@ -194,7 +196,7 @@ func randomRun(t *testing.T, seed uint64) {
 				return fmt.Sprintf("%s should be gone", name)
 			case want == nil || want.Version == got:
 			case want.Version == cds(t, name, "bad0").Version || want.Version == cds(t, name, "bad1").Version || want.Version == cds(t, name, "bad2").Version:
-				if !strings.Contains(fmt.Sprint(convicted[name]), want.Version) {
+				if !strings.Contains(fmt.Sprint(tried[name]), want.Version) {
 					return fmt.Sprintf("%s was never tried", name)
 				}
 			default:
@@ -203,6 +205,11 @@ func randomRun(t *testing.T, seed uint64) {
 		}
 		return ""
 	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("%s; subscribed %v, held %v, ledger %s", difference(), subscribed, held, b.status("ns/a"))
+		}
+	})
 	await(t, fmt.Sprintf("seed %d: the client holds what it should", seed), func() bool { return difference() == "" })
 	await(t, fmt.Sprintf("seed %d: the ledger agrees", seed), func() bool { return !strings.Contains(b.status("ns/a"), "pending") })
 	if d := difference(); d != "" {

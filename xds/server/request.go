@@ -127,8 +127,8 @@ func (ts *typeState) unsubscribeAll() {
 	ts.wildcard, ts.answerDue = false, false
 	for _, e := range ts.entries {
 		if !e.explicit {
-			e.held, e.acked, e.due, e.confirmed = "", "", false, 0
-			ts.settle(e)
+			e.due, e.flight = false, nil
+			ts.mark(e)
 		}
 	}
 }
@@ -179,14 +179,10 @@ func (s *Server) unsubscribe(c *client, ts *typeState, name string) bool {
 	}
 	c.explicit--
 	e.explicit, e.demanded, e.stale = false, nil, false
-	if ts.wildcard {
-		e.due = true
-	} else {
-		e.due, e.held, e.acked, e.confirmed = false, "", "", 0
+	if e.due = ts.wildcard; !e.due {
 		e.flight = nil
 	}
 	ts.mark(e)
-	ts.settle(e)
 	return onDemand
 }
 

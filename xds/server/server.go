@@ -141,7 +141,7 @@ func (s *Server) obtain(name Client) *client {
 
 // attach makes a stream the one of its client. An older one is ended: after a broken connection the new stream may arrive
 // before the old one is known to be dead.
-func (s *Server) attach(name Client, st *stream) error {
+func (s *Server) attach(ctx context.Context, name Client, st *stream) error {
 	for {
 		c := s.obtain(name)
 		s.mu.RLock()
@@ -156,6 +156,12 @@ func (s *Server) attach(name Client, st *stream) error {
 			c.mu.Unlock()
 			s.mu.RUnlock()
 			continue
+		}
+		if err := ctx.Err(); err != nil { // two came at once, and the older one last: it must not replace the living
+			c.mu.Unlock()
+			s.mu.RUnlock()
+			s.drop(c)
+			return err
 		}
 		var released []string
 		old := c.stream

@@ -47,7 +47,7 @@ func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 		end:     cancel,
 		flights: map[string]*flight{},
 	}
-	if err := s.attach(name, st); err != nil {
+	if err := s.attach(ctx, name, st); err != nil {
 		return err
 	}
 	defer s.running.Done()
