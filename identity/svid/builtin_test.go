@@ -156,8 +156,18 @@ func TestRetriesBackOff(t *testing.T) {
 		if !strings.Contains(p.log.String(), "connection refused") {
 			t.Errorf("the log does not say why: %s", p.log.String())
 		}
-		defer p.up(p.server(p.ca), p.ca)()
+		down := p.up(p.server(p.ca), p.ca)
 		<-b.Ready()
+		down()
+		// The next outage begins with short waits again.
+		n := len(p.dials.all())
+		b.Renew()
+		synctest.Wait()
+		time.Sleep(firstRetry)
+		synctest.Wait()
+		if len(p.dials.all()) < n+2 {
+			t.Error("waits after a success as long as before it")
+		}
 	})
 }
 
