@@ -32,19 +32,28 @@ type user struct {
 
 const ordinaryUID = 23456
 
-// users are root and two ordinary ones, of whom one may map more ids than their own.
+// users are root and two ordinary ones, of whom one may map more ids than their own. A test run that has itself entered as an ordinary user
+// has not the ids to be all of them; it says so.
 func users(t *testing.T) []user {
 	t.Helper()
-	if e, err := netns.Enclosed(); err != nil || e.SingleUID {
-		t.Logf("only as root: this test run has itself entered with one uid (%v), so there is no other user to be", err)
+	here, err := netns.Enclosed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if here.SingleUID {
+		t.Log("only as root: this test run has itself entered with one uid, so there is no other user to be; run it as root for the others")
 		return []user{{name: "root"}}
 	}
-	dir, err := os.MkdirTemp("/dev/shm", "") // the enclosure's own tmpfs, which honours set-uid programs no more than it should: see below
+	if here.UserNamespace {
+		t.Log("without subordinate ids: this test run has itself entered as an ordinary user, whose range cannot hold another one; run it as root")
+		return []user{{name: "root"}, {name: "ordinary", uid: ordinaryUID}}
+	}
+	dir, err := os.MkdirTemp(filepath.Dir(here.RunDir), "") // where everybody may go, unlike below a test's own directory
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	// Set-uid programs need a mount without nosuid.
+	// The run directory's mount honours no set-uid programs.
 	if err := unix.Mount("test", dir, "tmpfs", 0, "mode=755"); err != nil {
 		t.Fatal(err)
 	}
