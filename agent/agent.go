@@ -65,8 +65,8 @@ type agent struct {
 }
 
 // assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open.
-func assemble(cfg Config, redirect *netfilter.Redirect) (a *agent, err error) {
-	a = &agent{cfg: cfg, redirect: redirect, stopping: make(chan struct{})}
+func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
+	a := &agent{cfg: cfg, redirect: redirect, stopping: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			a.closeFiles()

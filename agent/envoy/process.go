@@ -226,6 +226,10 @@ func (p *Process) drain(r *running) {
 		n, err := p.admin.openConnections(ctx)
 		if err == nil && n == 0 {
 			p.cfg.Logger.Info("envoy: drained")
+			select {
+			case <-time.After(logFlush):
+			case <-r.exited:
+			}
 			return
 		}
 		select {

@@ -10,7 +10,9 @@
 package sds
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"sync"
 
@@ -99,8 +101,11 @@ func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream 
 			return status.Error(codes.Unavailable, "the agent is shutting down")
 		case <-stream.Context().Done():
 			return status.FromContextError(stream.Context().Err()).Err()
-		case <-failed: // the client has gone or half-closed: nothing to answer
-			return nil
+		case err := <-failed:
+			if errors.Is(err, io.EOF) { // the client has nothing more to say, and so have we
+				return nil
+			}
+			return err
 		case <-updated:
 		case req := <-requests:
 			if err := v.receive(req); err != nil {

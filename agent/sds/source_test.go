@@ -132,8 +132,8 @@ func serveUnix(t *testing.T, src svid.Source, log *slog.Logger) (s *Server, sock
 	go func() { done <- g.Serve(l) }()
 	t.Cleanup(func() {
 		s.Close()
-		s.Close()        // twice is no harm
-		g.GracefulStop() // returns only because Close has ended the streams
+		s.Close()                                                                // twice is no harm
+		g.GracefulStop()                                                         // returns only because Close has ended the streams
 		if err := <-done; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // a short test ends before Serve begins
 			t.Error(err)
 		}

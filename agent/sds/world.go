@@ -61,7 +61,7 @@ func (w *worldStream) push(have map[string]secret) error {
 		resp.Resources = append(resp.Resources, s.body)
 		sent[name] = s.version
 		changed = changed || w.sent[name] != s.version
-		fmt.Fprintf(sum, "%s=%s\n", name, s.version)
+		sum.Write(fmt.Appendf(nil, "%s=%s\n", name, s.version))
 	}
 	if !changed {
 		return nil

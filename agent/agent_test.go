@@ -1,0 +1,441 @@
+package agent
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/agent/envoy"
+	"github.com/mantlet/mantlet/agent/flows"
+	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/podtest"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+func cleanRedirect(t *testing.T) {
+	t.Helper()
+	r, err := netfilter.New(netfilter.ByMark(), slog.New(slog.DiscardHandler))
+	if err == nil {
+		err = r.Remove()
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// One pod from its first moment to its last.
+func TestLife(t *testing.T) {
+	w := newWorld(t)
+	w.app("[::]:8080")
+	echo(t, w.outside.Listen(t, "[::]:9090"))
+
+	// No control plane yet: closed, and not ready for that reason.
+	w.startAgent()
+	w.log.await(t, "failed attempt at an identity", func(s string) bool {
+		return strings.Contains(s, "identity not renewed") && strings.Contains(s, "envoy: started")
+	})
+	err := Ready(t.Context(), w.cfg.RunDir, 0)
+	if err == nil || !strings.Contains(err.Error(), "no valid X.509-SVID") || !strings.Contains(err.Error(), "envoy has not accepted: inbound, gate, outbound, rbac") {
+		t.Errorf("ready without a control plane: %v", err)
+	}
+	w.refused("without a control plane")
+
+	w.startPlane()
+	w.ready()
+
+	t.Run("inbound with an identity", func(t *testing.T) {
+		for _, address := range []string{"10.99.0.2:8080", "[fd99::2]:8080"} {
+			c, err := w.peer(address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := greeted(t, c); got != "hello\n" {
+				t.Fatalf("%s: %q", address, got)
+			}
+			say(t, c, "ping")
+			local := netip.MustParseAddrPort(c.LocalAddr().String())
+			c.Close()
+			r := w.record("the connection to "+address, func(r flows.Record) bool { return r.Source == local })
+			if r.Log != names.LogGate || r.Direction != flows.Inbound || r.Verdict != flows.Allowed || !r.Authenticated ||
+				r.Peer != w.api.String() || r.Self == "" || r.Self == r.Peer ||
+				r.Destination.String() != address || r.UpstreamRemote.String() != address || !r.UpstreamLocal.IsValid() ||
+				r.Cluster != names.ClusterApp || r.BytesReceived != 4 || r.BytesSent != 10 || r.DurationSeconds <= 0 || time.Since(r.Time) > time.Hour {
+				t.Errorf("record of %s: %+v", address, r)
+			}
+		}
+	})
+
+	t.Run("inbound without an identity", func(t *testing.T) {
+		var c net.Conn
+		var err error
+		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:8080") })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "some plaintext\n"); err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "" {
+			t.Errorf("the app answered %q", got)
+		}
+		local := netip.MustParseAddrPort(c.LocalAddr().String())
+		r := w.record("the plaintext connection", func(r flows.Record) bool { return r.Source == local })
+		if r.Verdict != flows.Denied || r.Authenticated || r.Peer != "" || r.Log != names.LogGate || r.Destination.String() != "10.99.0.2:8080" || r.UpstreamLocal.IsValid() {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
+	t.Run("inbound to a port that is not allowed", func(t *testing.T) {
+		c, err := w.peer("10.99.0.2:8081")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "" {
+			t.Errorf("got %q", got)
+		}
+		r := w.record("the denied peer", func(r flows.Record) bool { return r.Destination.Port() == 8081 })
+		if r.Verdict != flows.Denied || !r.Authenticated || r.Peer != w.api.String() {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
+	t.Run("outbound allowed", func(t *testing.T) {
+		for _, address := range []string{"10.99.0.1:9090", "[fd99::1]:9090"} {
+			c, err := dial(t, address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := greeted(t, c); got != "hello\n" {
+				t.Errorf("%s: %q", address, got)
+			}
+			c.Close()
+			r := w.record("the connection to "+address, func(r flows.Record) bool { return r.Destination.String() == address })
+			if r.Log != names.LogOutbound || r.Direction != flows.Outbound || r.Verdict != flows.Allowed || r.Authenticated || r.Cluster != names.ClusterPassthrough {
+				t.Errorf("record of %s: %+v", address, r)
+			}
+		}
+	})
+
+	t.Run("outbound denied", func(t *testing.T) {
+		c, err := dial(t, "10.99.0.1:9091")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "" {
+			t.Errorf("got %q", got)
+		}
+		r := w.record("the denied destination", func(r flows.Record) bool { return r.Destination.Port() == 9091 })
+		if r.Verdict != flows.Denied || r.Direction != flows.Outbound {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
+	t.Run("to itself", func(t *testing.T) {
+		c, err := dial(t, "10.99.0.2:8080")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "hello\n" {
+			t.Errorf("got %q", got)
+		}
+	})
+
+	w.stopAgent()
+	w.refused("after the agent's end")
+	if text, _ := w.log.read(); strings.Contains(text, "level=ERROR") {
+		t.Error("errors in the log")
+	}
+}
+
+// Where Envoy has no user of its own, its mark keeps its connections out of the redirect.
+func TestSharedUser(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Exempt = envoy.SharedUser
+	w.app("[::]:8080")
+	echo(t, w.outside.Listen(t, "[::]:9090"))
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	c, err := w.peer("10.99.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := greeted(t, c); got != "hello\n" {
+		t.Errorf("inbound: %q", got)
+	}
+	c.Close()
+	for _, address := range []string{"10.99.0.1:9090", "[fd99::1]:9090"} {
+		out, err := dial(t, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, out); got != "hello\n" {
+			t.Errorf("outbound to %s: %q", address, got)
+		}
+		out.Close()
+	}
+	// Everybody is the same user here, this test too; it is the pid that tells Envoy.
+	wantShut(t, AgentSocket(w.cfg.RunDir))
+	w.log.await(t, "log of the refusal", func(s string) bool { return strings.Contains(s, "is not this agent's envoy") })
+}
+
+// wantShut wants the agent's socket to end a connection of this process before it answers anything.
+func wantShut(t *testing.T, socket string) {
+	t.Helper()
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(patience))
+	_, _ = io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00") // how an HTTP/2 client begins
+	if n, err := io.Copy(io.Discard, c); n != 0 || err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the agent's socket answered %d bytes, %v", n, err)
+	}
+}
+
+// The sockets are for Envoy and for probes, not for the app: one gives away the private key.
+func TestSocketsAreClosedToTheApp(t *testing.T) {
+	w := newWorld(t)
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	wantShut(t, AgentSocket(w.cfg.RunDir)) // root, but not Envoy
+	if podtest.SingleUser() {
+		return // there is no other user to be
+	}
+	sockets := []string{AgentSocket(w.cfg.RunDir), StatusSocket(w.cfg.RunDir), filepath.Join(EnvoyDir(w.cfg.RunDir), "admin.sock")}
+	for _, socket := range sockets {
+		if _, err := os.Stat(socket); err != nil {
+			t.Fatal(err)
+		}
+		podtest.AsUser(1234, func() {
+			if c, err := net.Dial("unix", socket); !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("another user at %s: %v", socket, err)
+				if err == nil {
+					c.Close()
+				}
+			}
+		})
+	}
+	// Who has become the proxy's user (root with CAP_SETUID can) gets to the socket, and no further.
+	podtest.AsUser(names.ProxyUID, func() {
+		c, err := net.Dial("unix", StatusSocket(w.cfg.RunDir))
+		if err == nil {
+			c.Close()
+			t.Error("the proxy's user can open the status socket")
+		}
+	})
+}
+
+// While Envoy is away everything is refused; when it is back everything is as before.
+func TestEnvoyDies(t *testing.T) {
+	w := newWorld(t)
+	w.app("[::]:8080")
+	echo(t, w.outside.Listen(t, "[::]:9090"))
+	// A link, so that Envoy can be kept from coming back for as long as this test looks.
+	binary := filepath.Join(podtest.Dir(t), "envoy")
+	relink := func(to string) {
+		t.Helper()
+		if err := os.Symlink(to, binary+".new"); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(binary+".new", binary); err != nil {
+			t.Fatal(err)
+		}
+	}
+	relink(podtest.Envoy(t))
+	w.cfg.Envoy = binary
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	relink("/bin/false")
+	killEnvoy(t, w)
+	w.log.await(t, "death", func(s string) bool { return strings.Contains(s, "signal: killed") })
+	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil {
+		t.Error("ready without envoy")
+	}
+	w.refused("while envoy is away")
+	relink(podtest.Envoy(t))
+	if err := Ready(t.Context(), w.cfg.RunDir, patience); err != nil {
+		t.Fatal(err)
+	}
+	c, err := w.peer("10.99.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := greeted(t, c); got != "hello\n" {
+		t.Errorf("after its return: %q", got)
+	}
+	c.Close()
+	w.log.await(t, "log of the return", func(s string) bool { return strings.Count(s, "agent: ready") == 2 })
+}
+
+// killEnvoy kills the Envoy that the log tells of last.
+func killEnvoy(t *testing.T, w *world) {
+	t.Helper()
+	text, _ := w.log.read()
+	_, after, ok := strings.Cut(text[strings.LastIndex(text, "envoy: started"):], "pid=")
+	pid := 0
+	for _, c := range after {
+		if c < '0' || c > '9' {
+			break
+		}
+		pid = 10*pid + int(c-'0')
+	}
+	if !ok || pid == 0 {
+		t.Fatal("no envoy in the log")
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An open connection may finish before the agent ends; nothing new begins.
+func TestDrain(t *testing.T) {
+	w := newWorld(t)
+	w.app("[::]:8080")
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	c, err := w.peer("10.99.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hello := make([]byte, 6)
+	if _, err := io.ReadFull(c, hello); err != nil {
+		t.Fatal(err)
+	}
+	w.cancel()
+	err = nil
+	for deadline := time.Now().Add(patience); !errors.Is(err, syscall.ECONNREFUSED); {
+		if time.Now().After(deadline) {
+			t.Fatalf("still accepting: %v", err)
+		}
+		w.outside.Do(func() {
+			var more net.Conn
+			if more, err = net.Dial("tcp", "10.99.0.2:8080"); err == nil {
+				more.Close()
+			}
+		})
+	}
+	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil || !strings.Contains(err.Error(), "stopping") {
+		t.Errorf("ready while stopping: %v", err)
+	}
+	select {
+	case err := <-w.ended:
+		t.Fatalf("the agent ended under an open connection: %v", err)
+	default:
+	}
+	say(t, c, "still here")
+	local := netip.MustParseAddrPort(c.LocalAddr().String())
+	c.Close()
+	w.stopAgent() // well before the drain timeout
+	r := w.record("the connection that was open to the last", func(r flows.Record) bool { return r.Source == local })
+	if r.Verdict != flows.Allowed || r.BytesReceived != 10 {
+		t.Errorf("record: %+v", r)
+	}
+}
+
+// A connection that does not finish is cut when time is up.
+func TestDrainTimeout(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.DrainTimeout = 200 * time.Millisecond
+	w.app("[::]:8080")
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	c, err := w.peer("10.99.0.2:8080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hello := make([]byte, 6)
+	if _, err := io.ReadFull(c, hello); err != nil {
+		t.Fatal(err)
+	}
+	w.stopAgent()
+	if n, err := c.Read(hello); err == nil {
+		t.Errorf("the connection lives on: read %d bytes", n)
+	}
+}
+
+// Without its control plane a sidecar enforces what it knows, and catches up when the control plane is back.
+func TestControlPlaneGoesAndComes(t *testing.T) {
+	w := newWorld(t)
+	w.app("[::]:8080")
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	greeting := func() string {
+		c, err := w.peer("10.99.0.2:8080")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return greeted(t, c)
+	}
+	w.stopPlane()
+	w.log.await(t, "loss", func(s string) bool { return strings.Contains(s, "lost the control plane") })
+	if err := Ready(t.Context(), w.cfg.RunDir, 0); err != nil {
+		t.Errorf("with policy but without control plane: %v", err)
+	}
+	if got := greeting(); got != "hello\n" {
+		t.Errorf("without a control plane: %q", got)
+	}
+	before, _ := w.log.read()
+	w.startPlane()
+	w.log.await(t, "return", func(s string) bool { return strings.Contains(s[len(before):], "connected to the control plane") })
+	if err := w.cp.Apply(objects(8081).NetworkPolicies[0]); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); greeting() != ""; {
+		if time.Now().After(deadline) {
+			t.Fatal("the new policy does not arrive")
+		}
+	}
+}
+
+func TestOneAgentPerRunDir(t *testing.T) {
+	w := newWorld(t)
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	if err := Run(t.Context(), w.cfg); err == nil || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("second agent: %v", err)
+	}
+}
+
+func TestRefusedConfig(t *testing.T) {
+	w := newWorld(t)
+	defer cleanRedirect(t)
+	for name, change := range map[string]func(*Config){
+		"address":       func(c *Config) { c.ControlPlane = "nowhere" },
+		"trust domain":  func(c *Config) { c.TrustDomain = spiffeid.TrustDomain{} },
+		"bundle":        func(c *Config) { c.Bundle = nil },
+		"token":         func(c *Config) { c.Token = nil },
+		"pod":           func(c *Config) { c.Pod = "db" },
+		"envoy":         func(c *Config) { c.Envoy = "/nonexistent" },
+		"exempt":        func(c *Config) { c.Exempt = "all" },
+		"run directory": func(c *Config) { c.RunDir = "" },
+		"long path":     func(c *Config) { c.RunDir += "/" + strings.Repeat("x", 100) },
+		"drain timeout": func(c *Config) { c.DrainTimeout = -1 },
+	} {
+		cfg := w.cfg
+		change(&cfg)
+		if err := Run(t.Context(), cfg); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
