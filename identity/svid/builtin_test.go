@@ -138,7 +138,7 @@ func TestRetriesBackOff(t *testing.T) {
 	bubble(t, func(t *testing.T, p *plane) {
 		b, stop := p.run(p.config())
 		defer stop()
-		time.Sleep(10 * time.Minute)
+		<-time.After(10 * time.Minute) // of the fake clock
 		synctest.Wait()
 		times, d := p.dials.all(), firstRetry
 		for i := 1; i < len(times); i++ {
@@ -163,7 +163,7 @@ func TestRetriesBackOff(t *testing.T) {
 		n := len(p.dials.all())
 		b.Renew()
 		synctest.Wait()
-		time.Sleep(firstRetry)
+		<-time.After(firstRetry) // of the fake clock
 		synctest.Wait()
 		if len(p.dials.all()) < n+2 {
 			t.Error("waits after a success as long as before it")
@@ -183,12 +183,12 @@ func TestExpiredSVIDIsNotHandedOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		updated := b.Updated()
-		time.Sleep(time.Until(s.Certificates[0].NotAfter) - time.Second)
+		<-time.After(time.Until(s.Certificates[0].NotAfter) - time.Second) // of the fake clock
 		synctest.Wait()
 		if _, err := b.GetX509SVID(); err != nil || closed(updated) {
 			t.Errorf("not handed out while it is valid: %v", err)
 		}
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second) // of the fake clock
 		synctest.Wait()
 		if s, err := b.GetX509SVID(); err == nil {
 			t.Errorf("handed out %s after it expired", time.Since(s.Certificates[0].NotAfter))
@@ -214,8 +214,8 @@ func TestExpiryGoesByTheClock(t *testing.T) {
 		defer p.up(p.server(p.ca), p.ca)()
 		b, stop := p.run(p.config())
 		<-b.Ready()
-		stop() // no timer runs any more
-		time.Sleep(time.Hour)
+		stop()                  // no timer runs any more
+		<-time.After(time.Hour) // of the fake clock
 		if _, err := b.GetX509SVID(); err == nil {
 			t.Error("an expired SVID is handed out")
 		}
@@ -244,7 +244,7 @@ func TestFalseControlPlane(t *testing.T) {
 				before := p.tokens.Load()
 				b, stop := p.run(p.config())
 				defer stop()
-				time.Sleep(5 * time.Minute)
+				<-time.After(5 * time.Minute) // of the fake clock
 				synctest.Wait()
 				if closed(b.Ready()) {
 					t.Error("takes an SVID from it")
