@@ -37,9 +37,10 @@ type Config struct {
 const (
 	restartFirst = 100 * time.Millisecond // pause before the first restart; doubled with each that follows
 	restartMax   = 10 * time.Second
-	restartCalm  = time.Minute           // an Envoy that lived this long died of something new
-	stopGrace    = 2 * time.Second       // between SIGTERM and SIGKILL
-	drainPoll    = 50 * time.Millisecond // Envoy tells of no event when its last connection ends
+	restartCalm  = time.Minute            // an Envoy that lived this long died of something new
+	stopGrace    = 2 * time.Second        // between SIGTERM and SIGKILL
+	drainPoll    = 50 * time.Millisecond  // Envoy tells of no event when its last connection ends
+	logFlush     = 300 * time.Millisecond // Envoy sends its access logs after up to 100 ms, and none when it ends
 )
 
 // Process is a pod's Envoy.
