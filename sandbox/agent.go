@@ -18,8 +18,8 @@ import (
 
 // agentRun is what all agents are started with.
 type agentRun struct {
-	binary, envoy, bundle, trustDomain, controlPlane string
-	single                                           bool // one uid only: Envoy is told apart by its socket mark
+	binary, envoy, bundle, trustDomain string
+	single                             bool // one uid only: Envoy is told apart by its socket mark
 }
 
 // agent is a running mantlet-agent.
@@ -31,7 +31,7 @@ type agent struct {
 }
 
 // start starts the agent of a pod. Its sockets, token and Envoy's configuration live in dir.
-func (r agentRun) start(ctx context.Context, p *netns.Pod, dir, token string) (*agent, error) {
+func (r agentRun) start(ctx context.Context, p *netns.Pod, controlPlane, dir, token string) (*agent, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -47,7 +47,7 @@ func (r agentRun) start(ctx context.Context, p *netns.Pod, dir, token string) (*
 	var err error
 	a.process, err = p.Start(ctx, netns.Command{
 		Path: r.binary,
-		Args: []string{"run", "--pod", p.Name(), "--control-plane", r.controlPlane, "--trust-domain", r.trustDomain, "--bundle", r.bundle,
+		Args: []string{"run", "--pod", p.Name(), "--control-plane", controlPlane, "--trust-domain", r.trustDomain, "--bundle", r.bundle,
 			"--token-file", tokenFile, "--envoy", r.envoy, "--run-dir", a.dir, "--flows", "-", "--exempt", exempt, "--drain-timeout", "1s"},
 		Env:    []string{"PATH=/usr/bin:/bin"},
 		Stdout: a.flows,

@@ -14,7 +14,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -48,6 +50,7 @@ type Config struct {
 type Sandbox struct {
 	cfg       Config
 	dir       string
+	envoy     string // where Envoy is bound to; empty: nowhere yet
 	network   *netns.Network
 	cp        *controlplane.ControlPlane
 	authority *ca.CA
@@ -80,7 +83,14 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s = &Sandbox{cfg: cfg, dir: enclosure.RunDir, pods: map[string]*pod{}, outsides: map[netip.Prefix]*netns.External{}}
+	dir, err := os.MkdirTemp(enclosure.RunDir, "")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil { // Envoy runs as another user
+		return nil, err
+	}
+	s = &Sandbox{cfg: cfg, dir: dir, pods: map[string]*pod{}, outsides: map[netip.Prefix]*netns.External{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -134,21 +144,27 @@ func (s *Sandbox) serve() error {
 	if err := s.cp.Load(&objects); err != nil {
 		return err
 	}
-	lis, err := net.Listen("tcp", s.controlPlane().String())
-	if err != nil {
-		return fmt.Errorf("control plane: %w", err)
-	}
-	s.serving.Go(func() {
-		if err := s.grpc.Serve(lis); err != nil {
-			s.cfg.Log.Error("the control plane's server ended", "error", err)
+	for _, a := range []netip.Addr{v4, v6} {
+		lis, err := net.Listen("tcp", netip.AddrPortFrom(a, controlPlanePort).String())
+		if err != nil {
+			return fmt.Errorf("control plane: %w", err)
 		}
-	})
+		s.serving.Go(func() {
+			if err := s.grpc.Serve(lis); err != nil {
+				s.cfg.Log.Error("the control plane's server ended", "error", err)
+			}
+		})
+	}
 	return nil
 }
 
-func (s *Sandbox) controlPlane() netip.AddrPort {
-	v4, _ := s.network.Addresses()
-	return netip.AddrPortFrom(v4, controlPlanePort)
+// controlPlaneFor is where a pod reaches the control plane: over IPv4, if it has an address of that family.
+func (s *Sandbox) controlPlaneFor(p *pod) string {
+	node, v6 := s.network.Addresses()
+	if !slices.ContainsFunc(p.net.Spec().IPs, netip.Addr.Is4) {
+		node = v6
+	}
+	return netip.AddrPortFrom(node, controlPlanePort).String()
 }
 
 // uid is the pod's own, or one made from its name: manifests have none.
@@ -253,6 +269,7 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 	if err != nil {
 		return err
 	}
+	s.envoy = envoy
 	bundle, err := s.authority.Bundle().Marshal()
 	if err != nil {
 		return err
@@ -263,7 +280,7 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 	}
 	run := agentRun{
 		binary: s.cfg.Binaries.Agent, envoy: envoy, bundle: bundleFile, trustDomain: s.cfg.Policy.TrustDomain.Name(),
-		controlPlane: s.controlPlane().String(), single: enclosure.SingleUID,
+		single: enclosure.SingleUID,
 	}
 	s.cfg.Progress("sidecars", 0, len(injected))
 	var mu sync.Mutex
@@ -274,7 +291,7 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 		if err != nil {
 			return err
 		}
-		if p.agent, err = run.start(ctx, p.net, filepath.Join(s.dir, "pods", strconv.Itoa(i)), token); err != nil {
+		if p.agent, err = run.start(ctx, p.net, s.controlPlaneFor(p), filepath.Join(s.dir, "pods", strconv.Itoa(i)), token); err != nil {
 			return err
 		}
 		g.Go(func() error {
@@ -289,6 +306,33 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 		})
 	}
 	return g.Wait()
+}
+
+// Pod is a pod's network namespace, to run something else in.
+func (s *Sandbox) Pod(name string) (*netns.Pod, bool) {
+	p, ok := s.pods[name]
+	if !ok {
+		return nil, false
+	}
+	return p.net, true
+}
+
+// Network is the node.
+func (s *Sandbox) Network() *netns.Network { return s.network }
+
+// Authority is the CA that signs the pods' identities. With its key one can play an attacker who has stolen an identity.
+func (s *Sandbox) Authority() *ca.CA { return s.authority }
+
+// ControlPlane is the running control plane.
+func (s *Sandbox) ControlPlane() *controlplane.ControlPlane { return s.cp }
+
+// Identity is the SPIFFE ID of a pod.
+func (s *Sandbox) Identity(name string) (spiffeid.ID, bool) {
+	subject := s.index.Subject(name)
+	if subject == nil {
+		return spiffeid.ID{}, false
+	}
+	return subject.ID, true
 }
 
 // Close ends everything. What a killed process leaves behind the enclosure takes with it.
@@ -311,7 +355,10 @@ func (s *Sandbox) Close() error {
 	if s.network != nil {
 		errs = append(errs, s.network.Close())
 	}
-	return errors.Join(errs...)
+	if s.envoy != "" {
+		errs = append(errs, unix.Unmount(s.envoy, unix.MNT_DETACH))
+	}
+	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 }
 
 // stopPatience is how long an agent may take to drain.

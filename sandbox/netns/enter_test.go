@@ -95,6 +95,17 @@ func (u user) command(t *testing.T, role string, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// said is output without what go test -cover has processes say that cannot reach its directory, being another user's.
+func said(output []byte) string {
+	var rest strings.Builder
+	for line := range strings.Lines(string(output)) {
+		if !strings.Contains(line, "coverage") {
+			rest.WriteString(line)
+		}
+	}
+	return rest.String()
+}
+
 // eachUser runs a test for every user and looks whether it left traces.
 func eachUser(t *testing.T, test func(t *testing.T, u user)) {
 	for _, u := range users(t) {
@@ -127,7 +138,7 @@ func TestEnteringKeepsArgumentsStreamsAndExitCode(t *testing.T) {
 		if !errors.As(err, &exit) || exit.ExitCode() != 7 {
 			t.Fatalf("ended with %v, want exit code 7; %s", err, errs.String())
 		}
-		if got := errs.String(); got != "a word to stderr\n" {
+		if got := said(errs.Bytes()); got != "a word to stderr\n" {
 			t.Errorf("stderr %q", got)
 		}
 		var f facts
@@ -162,7 +173,7 @@ func TestEnteringKeepsArgumentsStreamsAndExitCode(t *testing.T) {
 func TestEnteringUsersHaveWorkingNetworks(t *testing.T) {
 	eachUser(t, func(t *testing.T, u user) {
 		out, err := u.command(t, "network").CombinedOutput()
-		if err != nil || string(out) != "all well\n" {
+		if err != nil || said(out) != "all well\n" {
 			t.Errorf("%v: %s", err, out)
 		}
 	})
