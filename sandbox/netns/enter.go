@@ -1,6 +1,7 @@
 package netns
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -71,21 +72,21 @@ func enter(argv []string, ids mapping, signals <-chan os.Signal) (exitCode int, 
 	if err != nil {
 		return 1, err
 	}
-	defer control.Close()
+	defer func() { _ = control.Close() }()
 
-	cmd := exec.Command("/proc/self/exe")
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe") // as long as it takes: signals end it
 	cmd.Args = append([]string{roleInit}, argv...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces, Pdeathsig: syscall.SIGKILL}
 	ids.prepare(cmd.SysProcAttr)
 	err = cmd.Start()
-	theirs.Close()
+	_ = theirs.Close()
 	if err != nil {
 		return 1, fmt.Errorf("make namespaces: %w", err)
 	}
 	if err := ids.apply(cmd.Process.Pid); err != nil {
-		control.Close() // init has waited for word and ends
+		_ = control.Close() // init has waited for word and ends
 		_ = cmd.Wait()
 		return 1, err
 	}

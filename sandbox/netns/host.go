@@ -57,14 +57,14 @@ func (h *host) startApp(ctx context.Context, ports []Port) error {
 	if err != nil {
 		return err
 	}
-	defer theirs.Close()
+	defer func() { _ = theirs.Close() }()
 	// Not bound to ctx, which is for starting only.
 	h.app, err = h.processes.start(context.WithoutCancel(ctx), h.ns, Command{
 		Path: "/proc/self/exe", Name: roleApp, Args: []string{h.name},
 		Stderr: &h.appLog, ExtraFiles: []*os.File{theirs}, User: App,
 	}, h.network.enclosure.SingleUID)
 	if err != nil {
-		socket.Close()
+		_ = socket.Close()
 		return err
 	}
 	h.socket, h.send = socket, json.NewEncoder(socket)
@@ -140,7 +140,11 @@ func (r reply) failure() error {
 
 func (h *host) appEnded() error {
 	h.app.Kill() // it is of no use without its socket; Wait must not block
-	return fmt.Errorf("the probe process of %s has ended (%v) %s", h.name, h.app.Wait(), h.appLog.String())
+	ending := "with exit code 0"
+	if err := h.app.Wait(); err != nil {
+		ending = err.Error()
+	}
+	return fmt.Errorf("the probe process of %s has ended: %s %s", h.name, ending, h.appLog.String())
 }
 
 // Probe tries targets from the network namespace, Config.ProbesInFlight at a time, and returns one outcome for each, in their order.
@@ -173,7 +177,7 @@ func (h *host) Connections(ctx context.Context) ([]Connections, error) {
 func (h *host) end() {
 	h.processes.end()
 	if h.socket != nil {
-		h.socket.Close()
+		_ = h.socket.Close()
 		<-h.readEnd
 	}
 }

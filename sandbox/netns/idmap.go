@@ -2,6 +2,7 @@ package netns
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -92,7 +93,7 @@ func subordinate(file string, uid int) (idRange, bool) {
 	if err != nil {
 		return idRange{}, false
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	name := ""
 	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
 		name = u.Username
@@ -130,7 +131,7 @@ func (m rangeMapping) apply(pid int) error {
 		for i, a := range args {
 			text[i] = strconv.Itoa(a)
 		}
-		if out, err := exec.Command(step.program, text...).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(context.Background(), step.program, text...).CombinedOutput(); err != nil {
 			return fmt.Errorf("map ids with %s: %w: %s", step.program, err, strings.TrimSpace(string(out)))
 		}
 	}

@@ -2,6 +2,7 @@ package netns_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -199,7 +200,7 @@ func TestProbeEndsWithItsContext(t *testing.T) {
 		seen = len(c)
 	}
 	cancel()
-	if err := <-ended; err != context.Canceled && err.Error() != "probe from test/pod-0: context canceled" {
+	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 	wantReached(t, probe(t, pods[0], at(pods[0].Spec().IPs[0].String(), 8080, netns.ClientFirst))[0], "test/pod-0:8080", pods[0].Spec().IPs[0])

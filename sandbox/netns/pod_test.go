@@ -140,7 +140,7 @@ func TestStartIsInThePodsNamespace(t *testing.T) {
 // stubborn is a shell that ignores SIGTERM and has a child in its group and one that has left it. It says when both are there.
 const stubborn = `trap "" TERM; sleep 1000 & setsid sh -c 'echo $$; exec sleep 1000' & wait; while :; do sleep 1000; done`
 
-func startStubborn(t *testing.T, ctx context.Context, pod *netns.Pod) *netns.Process {
+func startStubborn(ctx context.Context, t *testing.T, pod *netns.Pod) *netns.Process {
 	t.Helper()
 	read, write, err := os.Pipe()
 	if err != nil {
@@ -170,11 +170,11 @@ func TestEndsOfAProcess(t *testing.T) {
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	p := startStubborn(t, ctx, pods[0])
+	p := startStubborn(ctx, t, pods[0])
 	cancel()
 	killed(p)
 
-	p = startStubborn(t, t.Context(), pods[0])
+	p = startStubborn(t.Context(), t, pods[0])
 	patience, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if err := p.Stop(patience); err == nil || patience.Err() == nil {
@@ -191,7 +191,7 @@ func TestEndsOfAProcess(t *testing.T) {
 		t.Errorf("stopped with %v, want SIGTERM", err)
 	}
 
-	p = startStubborn(t, t.Context(), pods[1])
+	p = startStubborn(t.Context(), t, pods[1])
 	if err := pods[1].Close(); err != nil {
 		t.Error(err)
 	}
@@ -206,7 +206,7 @@ func TestEndsOfAProcess(t *testing.T) {
 		t.Errorf("to a pod that is closed: %+v", o)
 	}
 
-	p = startStubborn(t, t.Context(), pods[2])
+	p = startStubborn(t.Context(), t, pods[2])
 	if err := n.Close(); err != nil {
 		t.Error(err)
 	}

@@ -21,6 +21,7 @@ type User struct {
 	Capable bool
 }
 
+// The users of a pod.
 var (
 	Root = User{Capable: true}        // what an agent needs to program its pod's network
 	App  = User{UID: 1000, GID: 1000} // what a restricted container is

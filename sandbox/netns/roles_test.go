@@ -73,7 +73,7 @@ func mapIDs(file string) int {
 		text.WriteString(a + []string{" ", " ", "\n"}[i%3])
 	}
 	if err := os.WriteFile(filepath.Join("/proc", os.Args[1], file), []byte(text.String()), 0); err != nil {
-		fmt.Println(err)
+		fmt.Fprintln(os.Stdout, err)
 		return 1
 	}
 	return 0
@@ -128,18 +128,18 @@ func complain(err error) int {
 func countSignals() int {
 	arrived := make(chan os.Signal, 16)
 	signal.Notify(arrived, syscall.SIGINT, syscall.SIGHUP, syscall.SIGTERM)
-	fmt.Println("ready", os.Getpid())
+	fmt.Fprintln(os.Stdout, "ready", os.Getpid())
 	interrupts, hangups := 0, 0
 	for s := range arrived {
 		switch s {
 		case syscall.SIGINT:
 			interrupts++
-			fmt.Println("interrupt")
+			fmt.Fprintln(os.Stdout, "interrupt")
 		case syscall.SIGHUP:
 			hangups++
-			fmt.Println("hangup")
+			fmt.Fprintln(os.Stdout, "hangup")
 		case syscall.SIGTERM:
-			fmt.Println("interrupts", interrupts, "hangups", hangups)
+			fmt.Fprintln(os.Stdout, "interrupts", interrupts, "hangups", hangups)
 			return 0
 		}
 	}
@@ -154,7 +154,7 @@ func makeOrphans() int {
 		out, err := cmd.Output()
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || exit.ExitCode() != 5 {
-			return complain(fmt.Errorf("a child ended with %v, not with 5", err))
+			return complain(fmt.Errorf("a child ended with %w, not with 5", err))
 		}
 		orphan, err := strconv.Atoi(strings.TrimSpace(string(out)))
 		if err != nil {
@@ -176,7 +176,7 @@ func beOrphan() int {
 	if err := cmd.Start(); err != nil {
 		return complain(err)
 	}
-	fmt.Println(cmd.Process.Pid)
+	fmt.Fprintln(os.Stdout, cmd.Process.Pid)
 	return 5
 }
 
@@ -224,7 +224,7 @@ func useNetwork() int {
 	if err := n.Close(); err != nil {
 		return complain(err)
 	}
-	fmt.Println("all well")
+	fmt.Fprintln(os.Stdout, "all well")
 	return 0
 }
 
@@ -233,7 +233,7 @@ func hang() int {
 	if _, _, err := smallNetwork(); err != nil {
 		return complain(err)
 	}
-	fmt.Println("ready", os.Getpid())
+	fmt.Fprintln(os.Stdout, "ready", os.Getpid())
 	_, _ = bufio.NewReader(os.Stdin).ReadByte() // nobody writes
 	select {}
 }

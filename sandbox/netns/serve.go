@@ -37,7 +37,7 @@ func serve(ctx context.Context, r *serveRequest) (*server, error) {
 		l, err := config.Listen(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(p.Number))))
 		if err != nil {
 			for _, open := range listeners {
-				open.Close()
+				_ = open.Close()
 			}
 			return nil, fmt.Errorf("listen on port %d: %w", p.Number, err)
 		}
@@ -54,7 +54,7 @@ func (s *server) accept(l net.Listener, p Port) {
 		conn, err := l.Accept()
 		if err != nil {
 			// Nobody closes the listener, so this is about resources (open files), which other connections give back.
-			time.Sleep(10 * time.Millisecond)
+			<-time.After(10 * time.Millisecond)
 			continue
 		}
 		seen := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
@@ -68,7 +68,7 @@ func (s *server) accept(l net.Listener, p Port) {
 
 // talk answers once at the start or once per line, and leaves closing to the client.
 func (s *server) talk(conn net.Conn, p Port, seen netip.AddrPort) {
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	send := json.NewEncoder(conn) // ends each value with a newline
 	a := answer{Pod: s.name, Port: p.Number, Seen: seen}
 	if p.Speaks == ServerFirst && send.Encode(a) != nil {

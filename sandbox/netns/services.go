@@ -17,6 +17,7 @@ import (
 // Protocol of a Service port, by its number.
 type Protocol uint8
 
+// The protocols that a Service can have.
 const (
 	TCP Protocol = unix.IPPROTO_TCP
 	UDP Protocol = unix.IPPROTO_UDP
@@ -85,7 +86,7 @@ func (n *Network) replaceTable(services []Service) error {
 	}
 	t.empty(after)
 	t.connections.AddTable(t.table)
-	err = errors.Join(t.family(ipv4, services, n.config.Node4), t.family(ipv6, services, n.config.Node6))
+	err = errors.Join(t.family(ipv4, services), t.family(ipv6, services))
 	if err != nil {
 		return errors.Join(err, clearTables(after))
 	}
@@ -205,7 +206,7 @@ func (f family) keyOf(s Service) []byte {
 func portBytes(port uint16) []byte { return append(binary.BigEndian.AppendUint16(nil, port), 0, 0) }
 
 // family writes what concerns the Services of one family.
-func (t *table) family(f family, services []Service, node netip.Addr) error {
+func (t *table) family(f family, services []Service) error {
 	portKey := nftables.MustConcatSetType(nftables.TypeInetProto, f.kind, nftables.TypeInetService)
 	empty := &nftables.Set{Table: t.table, Name: "empty-" + f.suffix, KeyType: portKey}
 	chosen := &nftables.Set{Table: t.table, Name: "services-" + f.suffix, KeyType: portKey, IsMap: true, DataType: nftables.TypeVerdict}

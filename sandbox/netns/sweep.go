@@ -62,7 +62,7 @@ func end(pid int) {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 		return
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 	wait := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {

@@ -53,7 +53,7 @@ func newNamespace(name string, prepare func() error) (*os.File, error) {
 		return prepare()
 	})
 	if err != nil && ns != nil {
-		ns.Close()
+		_ = ns.Close()
 	}
 	return ns, err
 }

@@ -57,7 +57,7 @@ func try(ctx context.Context, t Target, timeout time.Duration) (o Outcome) {
 		o.Connect = errorText(ctx, err)
 		return o
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	o.Connect = Connected
 	unblock := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer unblock()

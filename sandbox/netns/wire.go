@@ -8,6 +8,7 @@ import (
 // Speaks says who sends the first bytes of a connection.
 type Speaks string
 
+// Who speaks first.
 const (
 	ClientFirst Speaks = "client" // the client sends a line, the server answers with one
 	ServerFirst Speaks = "server" // the server sends its line at once, as databases and mail servers send a banner
