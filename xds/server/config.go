@@ -108,7 +108,7 @@ const (
 
 // ServerOptions are the limits that belong to the gRPC server: request size, and keepalives that find a dead sidecar within
 // 40 s. Responses have no limit, since a gate of 100,000 identities has 12 MB: who relays them must raise its own receive limit.
-func ServerOptions() []grpc.ServerOption {
+func ServerOptions() []grpc.ServerOption { //nolint:revive // Options would be read as those of New
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(MaxRequestBytes),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),

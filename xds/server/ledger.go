@@ -136,17 +136,17 @@ type target struct {
 	seq   uint64
 }
 
-// outstanding returns what is not confirmed yet. While the client is away nothing is confirmed, so nothing is given up either.
+// outstanding returns what is not confirmed yet. While the client is away nothing is confirmed, and nothing refused for good.
 func (c *client) outstanding(targets []target) (open []target, err error) {
 	if c.forgotten {
 		return nil, fmt.Errorf("wait for %s: %w", c.name, ErrForgotten)
 	}
 	for _, t := range targets {
 		e := t.entry
-		if e.gone || c.stream != nil && e.confirmed >= t.seq {
+		if e.gone || e.confirmed >= t.seq {
 			continue
 		}
-		if r := t.ts.refusal(e.name, e.wantedVersion()); r != nil && c.stream != nil && t.ts.asked && e.flight == nil {
+		if r := t.ts.refusal(e.name, e.wantedVersion()); r != nil && t.ts.asked {
 			return nil, &RefusedError{c.name, t.ts.url, e.name, *r}
 		}
 		open = append(open, t)
@@ -184,7 +184,7 @@ func (l *Ledger) InForce(name Client, r *Resource) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ts := c.types[r.Type]
-	if ts == nil || c.stream == nil || !ts.asked {
+	if ts == nil || !ts.asked {
 		return false
 	}
 	e := ts.entries[r.Name]
@@ -229,7 +229,7 @@ func (c *client) status() ClientStatus {
 			r := ResourceStatus{
 				Type: url, Name: e.name, Wanted: e.wantedVersion(), Acked: e.acked,
 				Subscribed: ts.asked && ts.interested(e),
-				InForce:    cs.Connected && e.confirmed >= e.seq,
+				InForce:    e.confirmed >= e.seq,
 				WantedAt:   e.wantedAt, SentAt: e.sentAt, AckedAt: e.ackedAt,
 			}
 			if refusal := ts.refusal(e.name, r.Wanted); refusal != nil && !r.InForce {

@@ -122,7 +122,19 @@ func TestNackOutlivesTheStreamButNotTheProcess(t *testing.T) {
 	if got := b.status("ns/a"); got != "lds in refused: no" {
 		t.Errorf("after the reconnect: %q", got)
 	}
+	if !b.Ledger().InForce("ns/a", lds(t, "in", "good")) {
+		t.Error("the client says that it holds the good version")
+	}
 	s.cancel()
+	away(t, b, "ns/a")
+	if b.Ledger().InForce("ns/a", lds(t, "in", "good")) {
+		t.Error("in force in a sidecar that is away")
+	}
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := b.Ledger().Wait(ended, "ns/a"); !errors.Is(err, server.ErrNotConnected) {
+		t.Errorf("wait for a client that is away: %v", err)
+	}
 
 	s = b.connect(t, "ns/a")
 	s.ask("lds")
@@ -217,6 +229,26 @@ func TestAReconnectConfirmsOnlyWhatTheClientSays(t *testing.T) {
 	if err := b.Ledger().Wait(ended, "ns/a"); err != nil {
 		t.Error(err)
 	}
+
+	b.Publish("ns/a", server.Set{})
+	s.wants("lds -in")
+	s.cancel()
+	away(t, b, "ns/a")
+	s = b.connect(t, "ns/a")
+	s.silent()
+	unconfirmed("nothing but a removal that was never acknowledged")
+	s.ask("lds")
+	s.gets("lds") // it does not hold it any more
+	s.silent()
+	if err := b.Ledger().Wait(ended, "ns/a"); err != nil {
+		t.Error(err)
+	}
+}
+
+// away waits until the server has seen the end of a client's stream.
+func away(t *testing.T, b *bench, client server.Client) {
+	t.Helper()
+	await(t, "the server sees the end of the stream", func() bool { cs, _ := b.Ledger().Status(client); return !cs.Connected })
 }
 
 func TestUnsubscribedIsNotInForce(t *testing.T) {
@@ -426,7 +458,7 @@ func TestWait(t *testing.T) {
 		t.Errorf("superseded: %v", err)
 	}
 	s.cancel()
-	await(t, "detached", func() bool { cs, _ := l.Status("ns/a"); return !cs.Connected })
+	away(t, b, "ns/a")
 	done = waits()
 	b.Forget("ns/a")
 	if err := <-done; !errors.Is(err, server.ErrForgotten) && !errors.Is(err, server.ErrNotPublished) {
@@ -460,6 +492,11 @@ func TestWaitForOnDemand(t *testing.T) {
 	s.gets("cds +od|a")
 	if err := l.Wait(within(t, 15*time.Second), "ns/a"); err != nil {
 		t.Error(err)
+	}
+	s.cancel()
+	away(t, b, "ns/a")
+	if got := b.status("ns/a"); got != "" {
+		t.Errorf("on-demand names outlive the stream that asked for them: %s", got)
 	}
 }
 

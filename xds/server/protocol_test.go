@@ -355,6 +355,14 @@ func TestLimits(t *testing.T) {
 	s.ask("cds", "-od|1", "od|4") // room again
 	s.gets("cds +od|4")
 	s.silent()
+	s.cancel()
+	away(t, b, "ns/a")
+	s = b.connect(t, "ns/a")
+	s.ask("cds", "od|1", "od|2", "od|3") // a new stream counts anew
+	s.gets("cds -od|1 -od|2 -od|3")
+	if got := b.SubscribedNames(); len(got) != 3 {
+		t.Errorf("subscribed: %v", got)
+	}
 }
 
 func TestBadRequestsEndTheStream(t *testing.T) {

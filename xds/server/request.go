@@ -127,7 +127,7 @@ func (ts *typeState) unsubscribeAll() {
 	ts.wildcard, ts.answerDue = false, false
 	for _, e := range ts.entries {
 		if !e.explicit {
-			e.due, e.flight = false, nil
+			e.due = false
 			ts.mark(e)
 		}
 	}
@@ -178,10 +178,7 @@ func (s *Server) unsubscribe(c *client, ts *typeState, name string) bool {
 		s.index.remove(name, c.name)
 	}
 	c.explicit--
-	e.explicit, e.demanded, e.stale = false, nil, false
-	if e.due = ts.wildcard; !e.due {
-		e.flight = nil
-	}
+	e.explicit, e.stale, e.due = false, false, ts.wildcard
 	ts.mark(e)
 	return onDemand
 }

@@ -129,10 +129,10 @@ func (s *Server) send(ctx context.Context, st *stream, g deltaStream) error {
 		s.resolve(st)
 		out, retryIn := st.client.plan(st, &s.cfg)
 		for _, p := range out {
+			s.sending(st, p)
 			if err := g.Send(p.response); err != nil {
 				return err
 			}
-			s.sent(st, p)
 		}
 		if retryIn > 0 {
 			timer.Reset(retryIn)
@@ -140,7 +140,8 @@ func (s *Server) send(ctx context.Context, st *stream, g deltaStream) error {
 	}
 }
 
-func (s *Server) sent(st *stream, p planned) {
+// sending counts and reports a response, before it is written: its ACK could overtake the report.
+func (s *Server) sending(st *stream, p planned) {
 	c, resp := st.client, p.response
 	counted := Counters{Responses: 1, Resources: uint64(len(resp.Resources)), Removals: uint64(len(resp.RemovedResources)), Bytes: uint64(proto.Size(resp))}
 	c.mu.Lock()
