@@ -61,7 +61,8 @@ type Enclosure struct {
 	// SingleUID is true when only one user id is mapped: every process runs as uid 0 of the enclosure, some without capabilities.
 	// Rules that tell processes apart by uid (the redirect's exemption of Envoy) must go by mark then.
 	SingleUID bool
-	// RunDir is an empty directory on a tmpfs that only this enclosure sees and that goes away with it.
+	// RunDir is an empty directory on a tmpfs that only this enclosure sees and that goes away with it. What the machine has in the
+	// directory above (/dev/shm, else /run) is hidden from the enclosure.
 	RunDir string
 }
 

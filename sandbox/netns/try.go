@@ -138,7 +138,7 @@ func errorText(ctx context.Context, err error) string {
 	switch {
 	case err == nil:
 		return ""
-	case context.Cause(ctx) != nil && errors.Is(ctx.Err(), context.Canceled):
+	case errors.Is(ctx.Err(), context.Canceled):
 		return Canceled
 	case errors.Is(err, io.EOF):
 		return Closed
