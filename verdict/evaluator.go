@@ -103,6 +103,12 @@ func (e *Evaluator) Isolated() bool { return len(e.table.Isolating) > 0 }
 // at ingress, the peer's at egress. A denial names the rule that came nearest.
 func (e *Evaluator) Decide(proto Protocol, port uint16, peer Peer) Decision {
 	peer.Addr = peer.Addr.Unmap()
+	d := e.decide(proto, port, peer)
+	d.Reason.Direction = e.direct
+	return d
+}
+
+func (e *Evaluator) decide(proto Protocol, port uint16, peer Peer) Decision {
 	if v, listed := e.lookup(proto, port, peer); listed {
 		d := Decision{Allowed: v.Allow, Reason: e.table.Reasons[v.Reason]}
 		if !d.Allowed {

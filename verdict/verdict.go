@@ -159,6 +159,8 @@ type Reason struct {
 	Text   string `json:"text"`
 	// Nearest marks a denial where Policy and Rule admit this peer on other ports: the nearest miss.
 	Nearest bool `json:"nearest,omitempty"`
+	// Direction is the table that decided, "ingress" or "egress". Only the Evaluator fills it.
+	Direction string `json:"direction,omitempty"`
 }
 
 // Block holds the peers of a group of ports that have the same peers.

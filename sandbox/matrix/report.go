@@ -213,11 +213,17 @@ type denial struct {
 	reason verdict.Reason
 }
 
-// explain lists all mismatches, and denials with their reasons: first one of each kind, a kind being a policy and whether the denial
-// is a nearest miss, then the others.
+// kind groups denials that teach the same.
+type kind struct {
+	nearest   bool
+	direction string
+	policy    bool // some policy decided, not the mode or a missing address
+}
+
+// explain lists all mismatches, and denials with their reasons: first one of each kind, nearest misses before all, then the others.
 func (r *Report) explain(b *bufio.Writer, most int) {
 	var firsts, others []denial
-	seen, kinds := map[denial]bool{}, map[verdict.Reason]bool{}
+	seen, kinds := map[denial]bool{}, map[kind]bool{}
 	for i := range r.Connections {
 		c := &r.Connections[i]
 		where := fmt.Sprintf("%s → %s:%d", c.From, c.To, c.Port)
@@ -229,8 +235,8 @@ func (r *Report) explain(b *bufio.Writer, most int) {
 			continue
 		}
 		seen[d] = true
-		if kind := (verdict.Reason{Policy: c.Reason.Policy, Nearest: c.Reason.Nearest}); !kinds[kind] {
-			kinds[kind] = true
+		if k := (kind{c.Reason.Nearest, c.Reason.Direction, c.Reason.Policy != ""}); !kinds[k] {
+			kinds[k] = true
 			firsts = append(firsts, d)
 		} else {
 			others = append(others, d)
@@ -250,10 +256,15 @@ func (r *Report) explain(b *bufio.Writer, most int) {
 	}
 }
 
-// rank puts nearest misses first: they are what people look for.
+// rank puts one nearest miss first, which is what people look for, and what no policy decided last.
 func rank(d denial) int {
-	if d.reason.Nearest {
+	switch {
+	case d.reason.Nearest && d.reason.Direction == "ingress":
 		return 0
+	case d.reason.Policy == "":
+		return 3
+	case d.reason.Nearest:
+		return 2
 	}
 	return 1
 }
