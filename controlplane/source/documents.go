@@ -19,7 +19,7 @@ type document struct {
 	file *file
 	line int // of its first line in the file, from 1
 	text []byte
-	root *yaml3.Node // made on demand for JSON, see node
+	root *yaml3.Node // made on demand, see node
 	read bool        // root has been made, or cannot be
 }
 
@@ -161,6 +161,7 @@ func (d *document) yamlValue() ([]*item, Problems) {
 	if ps := d.inspect(); len(ps) > 0 {
 		return nil, ps
 	}
+	d.root, d.read = nil, false // it is many times as large as the text; made again when a line is asked for
 	// What the API server sees is what this library makes of YAML: it is the one that kubectl uses.
 	value, err := yaml.YAMLToJSONStrict(d.text)
 	if err != nil {

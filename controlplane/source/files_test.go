@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/txtar"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 const onePod = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\n"
@@ -132,11 +135,27 @@ func TestLimits(t *testing.T) {
 	list := strings.Repeat(`{"apiVersion":"v1","kind":"List","items":[`, 6) + strings.Repeat("]}", 6)
 	refused(t, Options{Stdin: strings.NewReader(list)}, []string{"-"}, "Lists within Lists")
 	refused(t, Options{Stdin: strings.NewReader(strings.Repeat("[", 200_000))}, []string{"-"}, "not YAML")
+}
 
-	// The pod network holds 65,533 pods.
-	o := Options{Replicas: 65_534, Stdin: strings.NewReader(
-		"apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: a}\nspec: {selector: {matchLabels: {a: a}}, template: {metadata: {labels: {a: a}}}}\n")}
-	refused(t, o, []string{"-"}, "no address is left in 10.64.0.0/16")
+// A range gives all its addresses but the first two, which are the network's and the node's, and the last; then it is an error.
+func TestNetworkIsFull(t *testing.T) {
+	r := newReader(Options{})
+	pod := &corev1.Pod{}
+	r.origin[pod] = &item{doc: &document{file: &file{name: "f"}, line: 1}}
+	n := newNetwork([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/29"), netip.MustParsePrefix("fd00::/64")})
+	taken := map[netip.Addr]metav1.Object{netip.MustParseAddr("10.0.0.4"): pod}
+	var got []string
+	for range 4 {
+		got = append(got, r.drawEach(pod, n, families, taken)...)
+	}
+	want := "10.0.0.2 fd00::2 10.0.0.3 fd00::3 10.0.0.5 fd00::4 10.0.0.6 fd00::5"
+	if s := strings.Join(got, " "); s != want || len(r.problems) != 0 {
+		t.Errorf("got %s, %v; want %s", s, r.problems, want)
+	}
+	r.drawEach(pod, n, families, taken)
+	if len(r.problems) != 1 || !strings.Contains(r.problems.Error(), "no address is left in 10.0.0.0/29") {
+		t.Errorf("got %v", r.problems)
+	}
 }
 
 func TestFolders(t *testing.T) {
@@ -163,8 +182,9 @@ func TestAtMostTwentyProblemsAreShown(t *testing.T) {
 	if want := "… and 1 more problems"; len(lines) != 41 || lines[40] != want {
 		t.Errorf("%d lines, the last is %q; want 41 and %q", len(lines), lines[len(lines)-1], want)
 	}
-	if len(err.(Problems)) != 21 {
-		t.Errorf("%d problems are kept, want all 21", len(err.(Problems)))
+	var ps Problems
+	if !errors.As(err, &ps) || len(ps) != 21 {
+		t.Errorf("%d problems are kept, want all 21", len(ps))
 	}
 }
 

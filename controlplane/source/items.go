@@ -1,6 +1,7 @@
 package source
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,12 +26,15 @@ func (r *reader) take(it *item, depth int) {
 		r.notKubernetes(it, "not a Kubernetes object: it is no mapping with apiVersion and kind")
 		return
 	}
-	it.apiVersion, it.kind = cmpOr(text(fields["apiVersion"]), it.apiVersion), cmpOr(text(fields["kind"]), it.kind)
+	it.apiVersion, it.kind = cmp.Or(text(fields["apiVersion"]), it.apiVersion), cmp.Or(text(fields["kind"]), it.kind)
 	var meta struct{ Namespace, Name, GenerateName string }
 	if json.Unmarshal(fields["metadata"], &meta) == nil { // else the typed decoding says what is wrong
-		it.namespace, it.name = meta.Namespace, cmpOr(meta.Name, meta.GenerateName)
+		it.namespace, it.name = meta.Namespace, cmp.Or(meta.Name, meta.GenerateName)
 	}
 	k, known := kinds[it.kind]
+	if known && !k.clusterScoped {
+		it.namespace = cmp.Or(it.namespace, r.o.Namespace)
+	}
 	switch {
 	case it.apiVersion == "" || it.kind == "":
 		r.incomplete(it, fields)
@@ -58,7 +62,7 @@ func kubernetesGroup(apiVersion string) bool {
 // incomplete deals with an item without apiVersion or kind. In a folder that is Helm values and the like, unless it looks like
 // an object of which a line has been lost.
 func (r *reader) incomplete(it *item, fields map[string]json.RawMessage) {
-	for name := range fields {
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
 		for _, want := range []string{"apiVersion", "kind"} {
 			if name != want && strings.EqualFold(name, want) {
 				r.problem(it.at(name, "unknown field", "write it as "+want))

@@ -1,6 +1,7 @@
 package source
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -107,7 +108,11 @@ func options(t *testing.T, text string, o *Options, paths []string) []string {
 func summary(m *Manifests, err error) string {
 	var b strings.Builder
 	if err != nil {
-		for _, p := range err.(Problems) {
+		var ps Problems
+		if !errors.As(err, &ps) {
+			return fmt.Sprintf("not Problems: %v\n", err)
+		}
+		for _, p := range ps {
 			fmt.Fprintln(&b, p)
 		}
 		return b.String()

@@ -17,13 +17,6 @@ func text(raw json.RawMessage) string {
 	return s
 }
 
-func cmpOr(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
-
 // shorten makes a message of a Kubernetes validation fit a line: no capital, no regular expression.
 func shorten(s string) string {
 	if before, _, ok := strings.Cut(s, " (e.g. "); ok {
