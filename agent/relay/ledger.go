@@ -22,38 +22,41 @@ const maxUnanswered = 1024
 type Ledger struct {
 	logger *slog.Logger
 
-	mu         sync.Mutex
-	held       map[string]map[string]bool // type URL → name
-	refused    map[string]string          // type URL + " " + name → why, until it is ACKed
-	unanswered map[string]response        // nonce →, of the present stream
-	introduced map[string]bool            // type URLs that Envoy has named in the present stream
-	changed    chan struct{}
+	mu      sync.Mutex
+	held    map[string]map[string]bool // type URL → name
+	refused map[string]string          // type URL + " " + name → why, until it is ACKed
+	current *session                   // nil: Envoy has gone
+	changed chan struct{}
+}
+
+// session is the bookkeeping of one stream. What a session that is no longer current notes is left out: it is about an Envoy that has gone,
+// or was overtaken by what the next stream says.
+type session struct {
+	*Ledger
+	unanswered map[string]response // nonce →
+	introduced map[string]bool     // type URLs that Envoy has named
 }
 
 func newLedger(logger *slog.Logger) *Ledger {
-	l := &Ledger{logger: logger, changed: make(chan struct{})}
-	l.forget()
-	return l
+	return &Ledger{logger: logger, held: map[string]map[string]bool{}, refused: map[string]string{}, changed: make(chan struct{})}
 }
 
 // Forget is for when Envoy has gone: the next one holds nothing.
 func (l *Ledger) Forget() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.forget()
+	clear(l.held)
+	clear(l.refused)
+	l.current = nil
 	l.announce()
 }
 
-func (l *Ledger) forget() {
-	l.held = map[string]map[string]bool{}
-	l.refused = map[string]string{}
-	l.begin()
-}
-
-// begin starts the bookkeeping of a stream. What Envoy holds stays: Envoy keeps it too.
-func (l *Ledger) begin() {
-	l.unanswered = map[string]response{}
-	l.introduced = map[string]bool{}
+// stream begins the session of a new stream. What Envoy holds stays: Envoy keeps it too.
+func (l *Ledger) stream() *session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.current = &session{Ledger: l, unanswered: map[string]response{}, introduced: map[string]bool{}}
+	return l.current
 }
 
 func (l *Ledger) announce() {
@@ -86,17 +89,13 @@ func (l *Ledger) Missing(typeURL string, names ...string) []string {
 	return missing
 }
 
-// stream notes that a new stream has begun.
-func (l *Ledger) stream() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.begin()
-}
-
 // response notes what goes to Envoy.
-func (l *Ledger) response(r response) error {
+func (l *session) response(r response) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.current != l {
+		return nil
+	}
 	if len(l.unanswered) >= maxUnanswered {
 		return errors.New("envoy has left 1024 responses unanswered")
 	}
@@ -108,9 +107,12 @@ func (l *Ledger) response(r response) error {
 }
 
 // request notes what comes from Envoy.
-func (l *Ledger) request(r request) {
+func (l *session) request(r request) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.current != l {
+		return
+	}
 	if !l.introduced[r.typeURL] { // only the first request of a type says what Envoy holds
 		l.introduced[r.typeURL] = true
 		l.held[r.typeURL] = map[string]bool{}

@@ -32,7 +32,7 @@ type Relay struct {
 
 	closed context.Context // ended by Close
 	close  context.CancelFunc
-	wg     sync.WaitGroup // goroutines that outlive their handler for a moment
+	wg     sync.WaitGroup // of both ways of streams: they outlive their handler for a moment
 
 	turn chan struct{} // held by the stream that is carried
 
@@ -80,6 +80,8 @@ func (r *Relay) Close() {
 	r.wg.Wait()
 }
 
+var errEnvoyEnded = errors.New("envoy ended its stream")
+
 // carry is the handler of Envoy's stream.
 func (r *Relay) carry(down grpc.ServerStream) error {
 	ctx, cancel := context.WithCancel(down.Context())
@@ -89,20 +91,21 @@ func (r *Relay) carry(down grpc.ServerStream) error {
 		return status.Error(codes.Unavailable, "displaced by a newer stream, or the agent is stopping")
 	}
 	defer func() { <-r.turn }()
-	r.ledger.stream()
+	session := r.ledger.stream()
 
 	up, err := r.open(ctx)
 	if err != nil {
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	r.logger.Info("relay: connected to the control plane")
-	err = r.pump(ctx, cancel, up, down)
+	err = r.pump(ctx, cancel, session, up, down)
 	switch {
 	case r.closed.Err() != nil:
 		err = errors.New("the agent is stopping")
-	case down.Context().Err() != nil:
+	case down.Context().Err() != nil, errors.Is(err, errEnvoyEnded):
 		r.logger.Info("relay: envoy's stream ended")
-		return status.FromContextError(down.Context().Err()).Err()
+	case errors.Is(err, context.Canceled):
+		err = errors.New("displaced by a newer stream")
 	default:
 		r.note(err)
 		r.logger.Warn("relay: lost the control plane; envoy keeps what it has", "error", err)
@@ -185,41 +188,42 @@ func (r *Relay) pause(ctx context.Context) error {
 	}
 }
 
-// pump carries messages both ways until a side ends; the error is the control plane's.
-func (r *Relay) pump(ctx context.Context, cancel context.CancelFunc, up grpc.ClientStream, down grpc.ServerStream) error {
-	toUpstream := make(chan error, 1)
-	r.wg.Go(func() { // RecvMsg returns at the latest when the handler has
-		err := r.requests(up, down)
-		toUpstream <- err
-		cancel()
-	})
-	err := r.responses(up, down)
-	cancel()
-	if errors.Is(err, io.EOF) {
-		err = errors.New("the control plane ended the stream")
-	}
-	select {
-	case e := <-toUpstream: // Envoy's side ended first, or broke a rule
-		if e != nil {
-			return e
+// pump carries messages both ways until a side ends, a rule is broken or ctx ends; the error says which.
+func (r *Relay) pump(ctx context.Context, cancel context.CancelFunc, s *session, up grpc.ClientStream, down grpc.ServerStream) error {
+	defer cancel() // ends the control plane's side; Envoy's ends when the handler returns, and with it what is blocked there
+	fromEnvoy, fromUpstream := make(chan error, 1), make(chan error, 1)
+	r.wg.Go(func() { fromEnvoy <- r.requests(s, up, down) })
+	r.wg.Go(func() { fromUpstream <- r.responses(s, up, down) })
+	for {
+		select {
+		case err := <-fromEnvoy:
+			if err != nil {
+				return err
+			}
+			fromEnvoy = nil // the control plane takes no more: the other way tells why
+		case err := <-fromUpstream:
+			if errors.Is(err, io.EOF) {
+				err = errors.New("the control plane ended the stream")
+			}
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-	default:
 	}
-	return err
 }
 
-// requests carries what Envoy asks. It returns nil where Envoy's stream or the control plane's has ended; responses sees why.
-func (r *Relay) requests(up grpc.ClientStream, down grpc.ServerStream) error {
+// requests carries what Envoy asks. It returns nil where the control plane's stream has ended.
+func (r *Relay) requests(s *session, up grpc.ClientStream, down grpc.ServerStream) error {
 	for {
 		f := new(frame)
 		if err := down.RecvMsg(f); err != nil {
-			return nil
+			return errEnvoyEnded
 		}
 		req, err := parseRequest(f.bytes)
 		if err != nil {
 			return err
 		}
-		r.ledger.request(req)
+		s.request(req)
 		if err := up.SendMsg(f); err != nil {
 			return nil
 		}
@@ -227,7 +231,7 @@ func (r *Relay) requests(up grpc.ClientStream, down grpc.ServerStream) error {
 }
 
 // responses carries what the control plane answers.
-func (r *Relay) responses(up grpc.ClientStream, down grpc.ServerStream) error {
+func (r *Relay) responses(s *session, up grpc.ClientStream, down grpc.ServerStream) error {
 	for {
 		f := new(frame)
 		if err := up.RecvMsg(f); err != nil {
@@ -237,7 +241,7 @@ func (r *Relay) responses(up grpc.ClientStream, down grpc.ServerStream) error {
 		if err != nil {
 			return err
 		}
-		if err := r.ledger.response(resp); err != nil {
+		if err := s.response(resp); err != nil {
 			return err
 		}
 		r.answered()
