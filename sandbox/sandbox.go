@@ -104,7 +104,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if s.network, err = netns.New(netns.Config{Logger: cfg.Log}); err != nil {
 		return s, err
 	}
-	if err := s.serve(); err != nil {
+	if err := s.serve(ctx); err != nil {
 		return s, err
 	}
 	if err := s.addPods(ctx); err != nil {
@@ -120,7 +120,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 }
 
 // serve starts the control plane on the node's addresses.
-func (s *Sandbox) serve() error {
+func (s *Sandbox) serve(ctx context.Context) error {
 	td := s.cfg.Policy.TrustDomain
 	var err error
 	if s.authority, err = ca.New(ca.Config{TrustDomain: td}); err != nil {
@@ -145,7 +145,8 @@ func (s *Sandbox) serve() error {
 		return err
 	}
 	for _, a := range []netip.Addr{v4, v6} {
-		lis, err := net.Listen("tcp", netip.AddrPortFrom(a, controlPlanePort).String())
+		var lc net.ListenConfig
+		lis, err := lc.Listen(ctx, "tcp", netip.AddrPortFrom(a, controlPlanePort).String())
 		if err != nil {
 			return fmt.Errorf("control plane: %w", err)
 		}

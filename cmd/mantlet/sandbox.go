@@ -38,7 +38,7 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 		Example: "  mantlet sandbox -f examples/shop\n  mantlet sandbox -f manifests/ --external 203.0.113.0/24:443 -o json",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !netns.Inside() {
-				return outside(cmd, &in, args)
+				return outside(&in, args)
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 			defer stop()
@@ -57,7 +57,7 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 
 // outside checks what can be checked without privileges, so that bad input is refused before anything is started, and then runs the
 // same command once more inside its own namespaces.
-func outside(cmd *cobra.Command, in *input, args []string) error {
+func outside(in *input, args []string) error {
 	if _, err := sandbox.FindBinaries(); err != nil {
 		return err
 	}

@@ -234,7 +234,7 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 	for i := range d.identities {
 		id := &d.identities[i]
 		entry := verdict.Identity{ID: id.id}
-		listed := false
+		var listed bool
 		if len(id.cells) == 1 && id.cells[0].addrs == nil {
 			c := &id.cells[0]
 			o4, o6 := decide(c, 0, len(identified) > 0), decide(c, 1, len(identified) > 0)
@@ -269,7 +269,8 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 					entry.Addresses = append(entry.Addresses, verdict.Prefix{Prefix: host(a), Verdict: o.verdict})
 				}
 			}
-			if listed = len(entry.Addresses) > 0 || len(identified) > 0; listed {
+			listed = len(entry.Addresses) > 0 || len(identified) > 0
+			if listed {
 				entry.Verdict = verdict.Verdict{Reason: intern(verdict.Reason{
 					Text: "rules tell the pods of this identity apart, and none of them admits the one with this address"})}
 			}

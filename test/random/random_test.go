@@ -161,4 +161,3 @@ func objects(o *policy.Objects) []metav1.Object {
 	}
 	return all
 }
-
