@@ -211,8 +211,8 @@ func answerFor(prefix netip.Prefix) error {
 	return nil
 }
 
-// awaitCarrier waits until both ends of the link carry packets, which the kernel settles a moment after the second one is up. A packet
-// sent before is lost, and a SYN comes again only after a second.
+// awaitCarrier waits until an end of a link sends packets, which the kernel settles, for each end apart, a moment after the second one is
+// up. A packet sent before is lost, and a SYN comes again only after a second.
 func awaitCarrier(ctx context.Context, name string, log *slog.Logger) error {
 	for waited := 0; ; waited++ {
 		link, err := netlink.LinkByName(name)

@@ -130,7 +130,11 @@ func TestPodsReachEachOther(t *testing.T) {
 // TestRefusedResetClosedAndTimeoutDiffer holds each way in which a try fails apart from the others.
 func TestRefusedResetClosedAndTimeoutDiffer(t *testing.T) {
 	const short = 300 * time.Millisecond
-	n := testNetwork(t, netns.Config{ProbeTimeout: short})
+	n := testNetwork(t, netns.Config{ProbeTimeout: time.Minute})
+	within := func(d time.Duration, t netns.Target) netns.Target {
+		t.Timeout = d
+		return t
+	}
 	pods := testPods(t, n, 2, netns.Port{Number: 8080, Speaks: netns.ClientFirst}, netns.Port{Number: 9090, Speaks: netns.ClientFirst, Bind: netip.MustParseAddr("127.0.0.1")})
 	other := pods[1]
 	rude := startRude(t, other)
@@ -145,11 +149,11 @@ func TestRefusedResetClosedAndTimeoutDiffer(t *testing.T) {
 		}{
 			{"nobody listens", at(address, 81, netns.ClientFirst), netns.Refused, "", 0},
 			{"listens on 127.0.0.1 only", at(address, 9090, netns.ClientFirst), netns.Refused, "", 0},
-			{"both wait for the other's first byte", at(address, 8080, netns.ServerFirst), netns.Connected, netns.TimedOut, 0},
+			{"both wait for the other's first byte", within(2*time.Second, at(address, 8080, netns.ServerFirst)), netns.Connected, netns.TimedOut, 0},
 			{"closes at once", at(address, rude.closing, netns.ServerFirst), netns.Connected, netns.Closed, 0},
 			{"closes within the answer", at(address, rude.cutting, netns.ServerFirst), netns.Connected, netns.Closed, 3},
 			{"resets", at(address, rude.resetting, netns.ClientFirst), netns.Connected, netns.Reset, 0},
-			{"packets vanish", at(address, rude.vanishing, netns.ClientFirst), netns.TimedOut, "", 0},
+			{"packets vanish", within(short, at(address, rude.vanishing, netns.ClientFirst)), netns.TimedOut, "", 0},
 		} {
 			t.Run(c.name+"/"+address, func(t *testing.T) {
 				o := probe(t, pods[0], c.target)[0]
@@ -159,18 +163,15 @@ func TestRefusedResetClosedAndTimeoutDiffer(t *testing.T) {
 			})
 		}
 	}
-	slow := func(t netns.Target) netns.Target { // the kernel heeds ICMPv6 only when it sends its second SYN, after a second
-		t.Timeout = time.Minute
-		return t
-	}
 	for _, nowhere := range []string{"10.64.99.99", "fd00:10:64::99"} {
 		for _, from := range []prober{pods[0], n} {
-			if o := probe(t, from, slow(at(nowhere, 80, netns.ClientFirst)))[0]; o.Connect != "no route to host" {
+			// For IPv6 this takes a second: the kernel heeds the ICMPv6 message only when it sends its second SYN.
+			if o := probe(t, from, at(nowhere, 80, netns.ClientFirst))[0]; o.Connect != "no route to host" {
 				t.Errorf("to an address that nobody has, from %T: %+v", from, o)
 			}
 		}
 	}
-	// Time is per target, and what is held open is noticed when it is cut.
+	// What is held open is noticed when it is cut.
 	out := probe(t, pods[0],
 		netns.Target{Addr: netip.AddrPortFrom(other.Spec().IPs[0], 8080), Speaks: netns.ClientFirst, Hold: short},
 		netns.Target{Addr: netip.AddrPortFrom(other.Spec().IPs[0], rude.answering), Speaks: netns.ServerFirst, Hold: time.Hour})

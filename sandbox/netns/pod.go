@@ -125,7 +125,8 @@ func (n *Network) add(ctx context.Context, h *host, addrs []netip.Addr, prepare,
 		err = h.startApp(ctx, ports)
 	}
 	if err == nil {
-		err = awaitCarrier(ctx, link, n.config.Logger)
+		err = errors.Join(awaitCarrier(ctx, link, n.config.Logger),
+			inNamespace(h.ns, func() error { return awaitCarrier(ctx, inner, n.config.Logger) }))
 	}
 	if err == nil {
 		n.mu.Lock()
