@@ -81,6 +81,9 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--%w", err)
 		}
+		if p.Protocol != verdict.TCP {
+			return nil, fmt.Errorf("--port %s: only TCP can be tried; UDP and SCTP are not enforced yet", s)
+		}
 		w.options.Ports = append(w.options.Ports, p)
 	}
 	for _, s := range in.externals {
