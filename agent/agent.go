@@ -59,6 +59,7 @@ type agent struct {
 	peer      *peer
 	envoy     *envoy.Process
 	readiness *readiness
+	held      held
 	stopping  chan struct{} // closed when the agent begins to stop
 
 	socket, statusSocket net.Listener
@@ -72,6 +73,13 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 			a.closeFiles()
 		}
 	}()
+	uid := os.Geteuid() // Envoy's
+	if cfg.Exempt == envoy.OwnUser {
+		uid = names.ProxyUID
+	}
+	if a.held, err = holdPorts(uid, names.InboundPort, names.OutboundPort); err != nil {
+		return nil, err
+	}
 	if a.dir, err = openRunDir(cfg.RunDir, cfg.Exempt); err != nil {
 		return nil, err
 	}
@@ -97,10 +105,6 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
 	a.sds = sds.New(a.source, cfg.Logger)
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
-	uid := os.Geteuid()
-	if cfg.Exempt == envoy.OwnUser {
-		uid = names.ProxyUID
-	}
 	a.peer = newPeer(uid)
 	a.envoy, err = envoy.New(envoy.Config{
 		Path: cfg.Envoy, Dir: EnvoyDir(cfg.RunDir), Pod: cfg.Pod, AgentSocket: AgentSocket(cfg.RunDir),
@@ -128,6 +132,7 @@ func (a *agent) self() string {
 }
 
 func (a *agent) closeFiles() {
+	a.held.close()
 	if a.upstream != nil {
 		_ = a.upstream.Close()
 	}

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"io"
 	"io/fs"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/envoy"
 	"github.com/mantlet/mantlet/agent/flows"
@@ -111,6 +114,69 @@ func TestLife(t *testing.T) {
 		}
 	})
 
+	t.Run("inbound without a certificate", func(t *testing.T) {
+		var c net.Conn
+		var err error
+		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:8080") })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		session := tls.Client(c, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{names.ALPN}})
+		_ = session.SetDeadline(time.Now().Add(patience))
+		if err = session.Handshake(); err == nil { // in TLS 1.3 the refusal comes after the client's last word
+			_, err = session.Read(make([]byte, 1))
+		}
+		if err == nil {
+			t.Error("accepted")
+		}
+		local := netip.MustParseAddrPort(c.LocalAddr().String())
+		r := w.record("the handshake", func(r flows.Record) bool { return r.Source == local })
+		if r.Verdict != flows.Denied || r.Authenticated || r.Peer != "" || !strings.Contains(r.TransportFailure, "PEER_DID_NOT_RETURN_A_CERTIFICATE") {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
+	t.Run("inbound to the capture port", func(t *testing.T) {
+		var c net.Conn
+		var err error
+		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:15006") })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "some plaintext\n"); err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "" {
+			t.Errorf("got %q", got)
+		}
+		r := w.record("the capture port", func(r flows.Record) bool { return r.Destination.Port() == 15006 })
+		if r.Verdict != flows.Denied || r.Log != names.LogInbound {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
+	t.Run("inbound to an app that is not there", func(t *testing.T) {
+		if err := w.cp.Apply(objects(8080, 8082).NetworkPolicies[0]); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.cp.Server().Ledger().Wait(t.Context(), "shop/db"); err != nil {
+			t.Fatal(err)
+		}
+		c, err := w.peer("10.99.0.2:8082")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := greeted(t, c); got != "" {
+			t.Errorf("got %q", got)
+		}
+		r := w.record("the app that is not there", func(r flows.Record) bool { return r.Destination.Port() == 8082 })
+		if r.Verdict != flows.Failed || r.Peer != w.api.String() || r.Log != names.LogGate {
+			t.Errorf("record: %+v", r)
+		}
+	})
+
 	t.Run("outbound allowed", func(t *testing.T) {
 		for _, address := range []string{"10.99.0.1:9090", "[fd99::1]:9090"} {
 			c, err := dial(t, address)
@@ -156,6 +222,20 @@ func TestLife(t *testing.T) {
 	w.refused("after the agent's end")
 	if text, _ := w.log.read(); strings.Contains(text, "level=ERROR") {
 		t.Error("errors in the log")
+	}
+	// What the gate has logged is not logged again by the capture.
+	text, _ := w.flows.read()
+	seen := map[string]bool{}
+	for line := range strings.Lines(text) {
+		var r flows.Record
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		if ends := r.Source.String() + " " + r.Destination.String(); seen[ends] {
+			t.Errorf("two records of %s", ends)
+		} else {
+			seen[ends] = true
+		}
 	}
 }
 
@@ -268,6 +348,19 @@ func TestEnvoyDies(t *testing.T) {
 		t.Error("ready without envoy")
 	}
 	w.refused("while envoy is away")
+	if !podtest.SingleUser() {
+		podtest.AsUser(1234, func() {
+			reuse := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+				return c.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+			}}
+			for _, address := range []string{"10.99.0.2:15006", "[::]:15006", "0.0.0.0:15006", "127.0.0.1:15001", "[::1]:15001"} {
+				if l, err := reuse.Listen(t.Context(), "tcp", address); err == nil {
+					l.Close()
+					t.Errorf("an app can take %s while envoy is away", address)
+				}
+			}
+		})
+	}
 	relink(podtest.Envoy(t))
 	if err := Ready(t.Context(), w.cfg.RunDir, patience); err != nil {
 		t.Fatal(err)

@@ -38,15 +38,25 @@ func recordOf(log, self string, e *accesslogv3.TCPAccessLogEntry) (Record, bool)
 	if log == names.LogOutbound {
 		r.Direction = Outbound
 	}
-	r.TransportFailure = c.GetDownstreamTransportFailureReason()
-	if r.TransportFailure == "" {
-		r.TransportFailure = c.GetUpstreamTransportFailureReason()
-	}
+	r.TransportFailure = transportFailure(log, c)
 	r.Peer = peer(c, r.TLS)
 	r.Authenticated = r.Peer != ""
 	verdict, ok := verdictOf(&r)
 	r.Verdict = verdict
 	return r, ok
+}
+
+// transportFailure is why TLS failed, from the side that speaks TLS. Of a side that does not, Envoy reports what BoringSSL last stumbled
+// over on that thread, such as the inspection of a plaintext connection. So inbound it counts only where no cluster was chosen, which is
+// after the handshake.
+func transportFailure(log string, c *accesslogv3.AccessLogCommon) string {
+	switch {
+	case log == names.LogInbound && c.GetUpstreamCluster() == "":
+		return c.GetDownstreamTransportFailureReason()
+	case log == names.LogOutbound && strings.HasPrefix(c.GetUpstreamCluster(), names.OnDemandPrefix):
+		return c.GetUpstreamTransportFailureReason()
+	}
+	return ""
 }
 
 // peer is the SPIFFE ID that mTLS proved. Inbound it is in the filter state, handed on from the TLS session to the gate, or in the

@@ -65,7 +65,7 @@ type Record struct {
 	DurationSeconds float64 `json:"durationSeconds"`
 	// Termination says why Envoy closed the connection, where it was Envoy that did.
 	Termination string `json:"termination,omitempty"`
-	// TransportFailure says why TLS failed, in BoringSSL's words, on either side.
+	// TransportFailure says why TLS failed, in BoringSSL's words: inbound with the peer, outbound with the destination.
 	TransportFailure string `json:"transportFailure,omitempty"`
 	// TLS is about the connection that came in; absent in plaintext.
 	TLS *TLS `json:"tls,omitempty"`

@@ -124,7 +124,6 @@ func TestVerdicts(t *testing.T) {
 		{log: names.LogInbound, cluster: names.ClusterToGate, want: skipped},
 		{log: names.LogInbound, cluster: names.ClusterToGate, flag: "UF", want: skipped},
 		{log: names.LogInbound, cluster: names.ClusterToGate, termination: noPolicy, want: Denied},
-		{log: names.LogInbound, cluster: names.ClusterToGate, failure: "TLS_error:|CERTIFICATE_VERIFY_FAILED", want: Denied},
 		{log: names.LogInbound, failure: "TLS_error:|PEER_DID_NOT_RETURN_A_CERTIFICATE", want: Denied},
 		{log: names.LogInbound, termination: noPolicy, want: Denied},
 		{log: names.LogInbound, flag: "UH", want: Denied},
@@ -150,6 +149,25 @@ func TestVerdicts(t *testing.T) {
 		got, ok := verdictOf(&r)
 		if got != tt.want || ok != (tt.want != skipped) {
 			t.Errorf("%+v: %q, %v", tt, got, ok)
+		}
+	}
+}
+
+func TestTransportFailure(t *testing.T) {
+	common := func(cluster string) *accesslogv3.TCPAccessLogEntry {
+		return &accesslogv3.TCPAccessLogEntry{CommonProperties: &accesslogv3.AccessLogCommon{
+			UpstreamCluster: cluster, UpstreamTransportFailureReason: "up", DownstreamTransportFailureReason: "down"}}
+	}
+	for _, tt := range []struct{ log, cluster, want string }{
+		{names.LogInbound, "", "down"},
+		{names.LogInbound, names.ClusterToGate, ""},
+		{names.LogInbound, names.ClusterApp, ""},
+		{names.LogGate, names.ClusterApp, ""},
+		{names.LogOutbound, "od|10.0.0.1:80", "up"},
+		{names.LogOutbound, names.ClusterPassthrough, ""},
+	} {
+		if r, _ := recordOf(tt.log, "", common(tt.cluster)); r.TransportFailure != tt.want {
+			t.Errorf("%s, %s: %q, want %q", tt.log, tt.cluster, r.TransportFailure, tt.want)
 		}
 	}
 }

@@ -42,10 +42,10 @@ func verdictOf(r *Record) (Verdict, bool) {
 		switch {
 		case r.Cluster == names.ClusterApp:
 			return connected(r), true
-		case r.TransportFailure != "":
-			return Denied, true
 		case r.Cluster == names.ClusterToGate:
 			return "", false
+		case r.TransportFailure != "":
+			return Denied, true
 		}
 	case names.LogOutbound:
 		if r.Cluster != "" && !slices.Contains(r.Flags, "NC") {
