@@ -28,6 +28,10 @@ import (
 // refused, so that it must outlast the handshake queue of a busy machine.
 const sniffTimeout = time.Second
 
+// handshakeTimeout bounds a TLS handshake from its ClientHello on: without it, whoever says nothing more keeps a connection open for ever.
+// Sidecars give up after connectTimeout.
+const handshakeTimeout = 2 * connectTimeout
+
 // earlyData is how much of a connection Envoy holds until the TLS handshake is done and the next hop is connected.
 const earlyData = 8192
 
@@ -61,7 +65,7 @@ func Inbound(node []netip.Addr) *listenerv3.Listener {
 	l.FilterChainMatcher = capture
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
-		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
+		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(), TransportSocketConnectTimeout: durationpb.New(handshakeTimeout), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
 		{Name: names.ChainNode, Filters: []*listenerv3.Filter{tcpProxy("node", names.ClusterApp)}},
 		{Name: names.ChainPlain, Filters: []*listenerv3.Filter{plainState(), tcpProxy("plain", names.ClusterToGate)}},
 	}
