@@ -62,7 +62,7 @@ func binaries(t *testing.T) sandbox.Binaries {
 // start runs manifests until the test ends.
 func start(t *testing.T, m *source.Manifests, o matrix.Options) *sandbox.Sandbox {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithCancel(context.Background()) // the agents live as long as this; each is given its own time to become ready
 	t.Cleanup(cancel)
 	s, err := sandbox.Start(ctx, sandbox.Config{
 		Manifests: m,
@@ -116,4 +116,3 @@ func try(t *testing.T, s *sandbox.Sandbox, attempts []matrix.Attempt) *sandbox.R
 func at(addr string, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netip.MustParseAddr(addr), port)
 }
-
