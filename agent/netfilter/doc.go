@@ -17,11 +17,11 @@
 // away when the agent ends.
 //
 // The redirect takes every packet that begins a conntrack entry, not only a SYN. It has to: with tcp_loose (the kernel's default) a
-// lone ACK from outside begins an entry too. Left alone, that entry would carry no translation, and a SYN that follows on the
-// same ports would reach the app past Envoy. The price is paid by connections that are older than the table: their next packet
-// begins an entry as well, is redirected, and the connection is reset. In a pod there are none, because the table comes before
-// the first app container; and a connection that no policy has seen should not live on. Connections that conntrack knows are not touched by a
-// rewrite of the table.
+// lone ACK from outside begins an entry too. Left alone, that entry would carry no translation, and a SYN on the same ports that
+// comes before the kernel's reset has ended the entry would reach the app past Envoy. The price is paid by connections that are older
+// than the first table: their next packet begins an entry as well, is redirected, and the connection is reset. In a pod there are none,
+// because the table comes before the first app container; and a connection that no policy has seen should not live on. Connections that
+// conntrack knows are not touched when the table is written again.
 //
 // What is exempt is so by what an app cannot have: the proxy's user, or a mark that takes CAP_NET_ADMIN or CAP_NET_RAW to set.
 //

@@ -43,6 +43,7 @@ func (c Config) chains() []wanted {
 	exempt = append(exempt, returnIf(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(c.Mark)))
 	return []wanted{
 		{natChain("prerouting", nftables.ChainHookPrerouting), [][]expr.Any{
+			// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
 			returnIf(expr.MetaKeyIIFNAME, interfaceName("lo")),
 			redirectTCP(c.InboundPort),
 		}},
