@@ -33,10 +33,14 @@ type Config struct {
 	Logger       *slog.Logger
 }
 
-// AgentSocket, StatusSocket and EnvoyDir are where things are in a run directory.
-func AgentSocket(runDir string) string  { return filepath.Join(runDir, "agent.sock") }
-func StatusSocket(runDir string) string { return filepath.Join(runDir, "status.sock") } //nolint:revive // see AgentSocket
-func EnvoyDir(runDir string) string     { return filepath.Join(runDir, "envoy") }       //nolint:revive // see AgentSocket
+// AgentSocket is the path of the socket for Envoy in a run directory.
+func AgentSocket(runDir string) string { return filepath.Join(runDir, "agent.sock") }
+
+// StatusSocket is the path of the socket for probes in a run directory.
+func StatusSocket(runDir string) string { return filepath.Join(runDir, "status.sock") }
+
+// EnvoyDir is Envoy's own folder in a run directory.
+func EnvoyDir(runDir string) string { return filepath.Join(runDir, "envoy") }
 
 func (c *Config) check() error {
 	if c.Concurrency == 0 {
