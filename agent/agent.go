@@ -118,7 +118,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.readiness = &readiness{redirect: redirect, source: a.source, relay: a.relay, envoy: a.peer, stopping: a.stopping}
+	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
 	return a, nil
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 
@@ -196,6 +197,26 @@ func TestControlPlaneGoesAndComes(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the new policy does not arrive")
 		}
+	}
+}
+
+// Somebody's "nft flush ruleset" does not open the pod.
+func TestRedirectIsGuarded(t *testing.T) {
+	w := newWorld(t)
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	conn, err := nftables.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.FlushRuleset()
+	if err := conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	w.log.await(t, "repair", func(s string) bool { return strings.Contains(s, "redirect is in place again") })
+	if err := Ready(t.Context(), w.cfg.RunDir, patience); err != nil {
+		t.Error(err)
 	}
 }
 

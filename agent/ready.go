@@ -15,9 +15,16 @@ import (
 type readiness struct {
 	redirect interface{ Check() error }
 	source   svid.Source
-	relay    *relay.Relay
+	ledger   ledger
+	trouble  func() string // why the control plane gives no configuration, or ""
 	envoy    *peer
 	stopping <-chan struct{}
+}
+
+// ledger knows what Envoy holds; *relay.Ledger is one.
+type ledger interface {
+	Missing(typeURL string, names ...string) []string
+	Changed() <-chan struct{}
 }
 
 // state is what there was at one moment.
@@ -29,7 +36,7 @@ type state struct {
 
 func (r *readiness) state() state {
 	pid, envoyChanged := r.envoy.get()
-	s := state{changed: [3]<-chan struct{}{r.relay.Ledger().Changed(), r.source.Updated(), envoyChanged}}
+	s := state{changed: [3]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged}}
 	select {
 	case <-r.stopping:
 		s.missing = []string{"the agent is stopping"}
@@ -47,12 +54,11 @@ func (r *readiness) state() state {
 		s.missing = append(s.missing, "envoy is not running")
 		return s
 	}
-	ledger := r.relay.Ledger()
-	unheld := ledger.Missing(relay.TypeListener, names.Inbound, names.Gate, names.Outbound)
-	unheld = append(unheld, ledger.Missing(relay.TypeExtension, names.RBAC)...)
+	unheld := r.ledger.Missing(relay.TypeListener, names.Inbound, names.Gate, names.Outbound)
+	unheld = append(unheld, r.ledger.Missing(relay.TypeExtension, names.RBAC)...)
 	if len(unheld) > 0 {
 		why := "envoy has not accepted: " + strings.Join(unheld, ", ")
-		if trouble := r.relay.Trouble(); trouble != "" {
+		if trouble := r.trouble(); trouble != "" {
 			why += " (" + trouble + ")"
 		}
 		s.missing = append(s.missing, why)

@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"go.uber.org/goleak"
+
+	"github.com/mantlet/mantlet/agent/relay"
+)
+
+// parts are what readiness asks, as the test says.
+type parts struct {
+	redirect, svid error
+	missing        map[string][]string // type URL →
+	changed        chan struct{}
+}
+
+func (p *parts) Check() error { return p.redirect }
+
+func (p *parts) GetX509SVID() (*x509svid.SVID, error) {
+	return &x509svid.SVID{Certificates: []*x509.Certificate{{}}}, p.svid
+}
+
+func (p *parts) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	return nil, errors.New("not asked for")
+}
+func (p *parts) Updated() <-chan struct{}                 { return p.changed }
+func (p *parts) Changed() <-chan struct{}                 { return p.changed }
+func (p *parts) Missing(url string, _ ...string) []string { return p.missing[url] }
+
+// Each thing that is missing is enough, and is named.
+func TestMissing(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	for _, port := range []string{"15001", "15006"} {
+		l, err := net.Listen("tcp", "[::]:"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+	}
+	running := func(uid int) *peer {
+		p := newPeer(uid)
+		p.set(1)
+		return p
+	}
+	stopped := make(chan struct{})
+	close(stopped)
+	for _, tt := range []struct {
+		name   string
+		change func(*readiness, *parts)
+		want   string
+	}{
+		{"nothing", func(*readiness, *parts) {}, ""},
+		{"redirect", func(_ *readiness, p *parts) { p.redirect = errors.New("table gone") }, "table gone"},
+		{"identity", func(_ *readiness, p *parts) { p.svid = errors.New("expired") }, "expired"},
+		{"envoy", func(r *readiness, _ *parts) { r.envoy.set(0) }, "envoy is not running"},
+		{"listener", func(_ *readiness, p *parts) { p.missing[relay.TypeListener] = []string{"gate"} }, "envoy has not accepted: gate (no control plane)"},
+		{"rbac", func(_ *readiness, p *parts) { p.missing[relay.TypeExtension] = []string{"rbac"} }, "envoy has not accepted: rbac"},
+		{"another user's ports", func(r *readiness, _ *parts) { r.envoy = running(os.Getuid() + 1) }, "does not listen on port 15006 15001"},
+		{"stopping", func(r *readiness, _ *parts) { r.stopping = stopped }, "stopping"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
+			r := &readiness{redirect: p, source: p, ledger: p, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
+			tt.change(r, p)
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			got := strings.Join(r.wait(ctx), "; ")
+			if (tt.want == "") != (got == "") || !strings.Contains(got, tt.want) {
+				t.Errorf("missing %q, want %q", got, tt.want)
+			}
+			answer := httptest.NewRecorder()
+			statusHandler(r).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready", nil))
+			if want := map[bool]int{true: http.StatusOK, false: http.StatusServiceUnavailable}[tt.want == ""]; answer.Code != want {
+				t.Errorf("status %d, want %d", answer.Code, want)
+			}
+			if !strings.Contains(answer.Body.String(), tt.want) {
+				t.Errorf("body %q, want %q", answer.Body, tt.want)
+			}
+		})
+	}
+}
+
+func TestWaitParameter(t *testing.T) {
+	r := &readiness{}
+	for _, wait := range []string{"soon", "-1s", "11m"} {
+		answer := httptest.NewRecorder()
+		statusHandler(r).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready?wait="+wait, nil))
+		if answer.Code != http.StatusBadRequest {
+			t.Errorf("wait=%s: status %d", wait, answer.Code)
+		}
+	}
+}
+
+// The lines are of a real /proc/net/tcp6 and /proc/net/tcp.
+func TestListeners(t *testing.T) {
+	got := listeners([]byte(`  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000000000000000000000000000:3A9E 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000 15150        0 2214 1 0000000000000000 100 0 0 10 0
+   1: 00000000000000000000000001000000:3A99 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2215 1 0000000000000000 100 0 0 10 0
+   2: 00000000000000000000000000000000:0016 00000000000000000000000000000000:0000 01 00000000:00000000 00:00000000 00000000     0        0 2216 1 0000000000000000 100 0 0 10 0
+   3: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 2217 1 0000000000000000 100 0 0 10 0
+`))
+	want := []listener{{any: true, port: 15006, uid: 15150}, {any: false, port: 15001, uid: 0}, {any: true, port: 8080, uid: 1000}}
+	if len(got) != len(want) {
+		t.Fatalf("%+v", got)
+	}
+	for i := range want {
+		if got[i] != want[i] {
+			t.Errorf("%+v, want %+v", got[i], want[i])
+		}
+	}
+}
