@@ -94,7 +94,10 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
 	l.ListenerFilters = []*listenerv3.ListenerFilter{originalDst()}
 	l.AccessLog = accessLog(names.LogOutbound)
-	l.FilterChainMatcher = trie(destinationIP(), routes, r.table(&v.Egress))
+	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
+	// and again, for ever. The price: port 15001 of the outside cannot be reached.
+	l.FilterChainMatcher = exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{"15001": chain(names.ChainBlackhole)},
+		then(trie(destinationIP(), routes, r.table(&v.Egress))))
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
