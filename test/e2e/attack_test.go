@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 
 	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/netns"
 	"github.com/mantlet/mantlet/xds/names"
 )
 
@@ -28,6 +30,11 @@ func TestAttacks(t *testing.T) {
 	t.Run("certificates", func(t *testing.T) { certificates(t, s) })
 	t.Run("resumption", func(t *testing.T) { resumption(t, s) })
 	t.Run("like TLS", func(t *testing.T) { likeTLS(t, s) })
+	t.Run("capture ports", func(t *testing.T) { capturePorts(t, s) })
+	t.Run("loopback", func(t *testing.T) { loopback(t, s) })
+	t.Run("own node and self", func(t *testing.T) { ownNodeAndSelf(t, s) })
+	t.Run("another user", func(t *testing.T) { anotherUser(t, s) })
+	t.Run("apps with TLS", func(t *testing.T) { appsWithTLS(t, s) })
 }
 
 // banners: a denied peer gets no byte and the app sees no connection, whoever speaks first and however the peer comes.
@@ -187,7 +194,7 @@ func resumption(t *testing.T, s *sandbox.Sandbox) {
 // likeTLS: what the capture cannot make sense of counts as plaintext, and plaintext of a pod with a sidecar is refused.
 func likeTLS(t *testing.T, s *sandbox.Sandbox) {
 	hello := clientHello(t)
-	for name, say := range map[string]string{
+	says := map[string]string{
 		"a record's first bytes":    "\x16\x03\x01",
 		"a record that never ends":  "\x16\x03\x01\x3f\xff\x01",
 		"half a ClientHello":        hello[:len(hello)/2],
@@ -198,29 +205,39 @@ func likeTLS(t *testing.T, s *sandbox.Sandbox) {
 		"an alert":                  "\x15\x03\x03\x00\x02\x02\x00",
 		"a protocol that we do not": "PROXY TCP4 10.64.0.1 10.64.0.1 1 8080\r\nhello\n",
 		"the other version of it":   "\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x0a\x40\x00\x01\x0a\x40\x00\x01\x00\x01\x1f\x90hello\n",
-	} {
-		t.Run(name, func(t *testing.T) {
-			eachFamily(t, pod(t, s, "shop/db"), func(t *testing.T, a netip.Addr) {
-				for _, port := range []uint16{banner, echo} {
-					unseen(t, s, a, port, func() {
-						conn, err := past(t, pod(t, s, "shop/evil"), netip.AddrPortFrom(a, port))
-						if err != nil {
-							return
-						}
-						defer conn.Close()
-						_ = conn.SetDeadline(time.Now().Add(patience))
-						_, _ = io.WriteString(conn, say)
-						answer, err := io.ReadAll(conn)
-						if errors.Is(err, os.ErrDeadlineExceeded) {
-							t.Error("the connection was left open")
-						}
-						if bytes.Contains(answer, []byte("shop/db")) {
-							t.Errorf("the app answered %q", answer)
-						}
-					})
+	}
+	addrs := pod(t, s, "shop/db").Spec().IPs
+	unseen(t, s, addrs[0], banner, func() {
+		unseen(t, s, addrs[1], echo, func() {
+			var attacks sync.WaitGroup // all at once: some wait for the sidecar's patience to end
+			for name, say := range says {
+				for _, a := range addrs {
+					for _, port := range []uint16{banner, echo} {
+						attacks.Go(func() { babble(t, pod(t, s, "shop/evil"), netip.AddrPortFrom(a, port), name, say) })
+					}
 				}
-			})
+			}
+			attacks.Wait()
 		})
+	})
+}
+
+// babble says something to a port and wants nothing of the app's for it, and an end.
+func babble(t *testing.T, from *netns.Pod, to netip.AddrPort, name, say string) {
+	t.Helper()
+	conn, err := past(t, from, to)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	_, _ = io.WriteString(conn, say)
+	answer, err := io.ReadAll(conn)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%s: %s left the connection open", name, to)
+	}
+	if bytes.Contains(answer, []byte("shop/db")) {
+		t.Errorf("%s: the app at %s answered %q", name, to, answer)
 	}
 }
 

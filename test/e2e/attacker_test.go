@@ -82,7 +82,7 @@ spec: {containers: [{name: c, image: i, ports: [{containerPort: 8080}]}]}
 apiVersion: v1
 kind: Service
 metadata: {name: vault, namespace: strict}
-spec: {selector: {app: vault}, ipFamilyPolicy: RequireDualStack, ports: [{port: 80, targetPort: 8080}]}
+spec: {selector: {app: vault}, clusterIP: ` + vaultVIP4 + `, clusterIPs: [` + vaultVIP4 + `, "` + vaultVIP6 + `"], ipFamilyPolicy: RequireDualStack, ports: [{port: 80, targetPort: 8080}]}
 ---
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -111,6 +111,9 @@ spec: {podSelector: {}, policyTypes: [Ingress, Egress]}
 `
 
 const (
+	vaultVIP4 = "10.96.7.7"
+	vaultVIP6 = "fd00:10:96::77"
+
 	banner = uint16(5432) // db's port on which the server speaks first
 	echo   = uint16(8080) // the other ports: the client speaks first
 )
