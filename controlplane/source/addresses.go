@@ -24,11 +24,13 @@ var families = []corev1.IPFamily{corev1.IPv4Protocol, corev1.IPv6Protocol}
 type network struct {
 	ranges  []netip.Prefix
 	next    []netip.Addr
-	outside []netip.Prefix // host prefixes of given addresses that no range holds
+	kept    map[string][]netip.Addr // "namespace/name" → addresses that it had before
+	keepers map[netip.Addr]bool     // all of kept: drawn for nobody else
+	outside []netip.Prefix          // host prefixes of given addresses that no range holds
 }
 
 func newNetwork(ranges []netip.Prefix) *network {
-	n := &network{ranges: ranges}
+	n := &network{ranges: ranges, kept: map[string][]netip.Addr{}, keepers: map[netip.Addr]bool{}}
 	for _, p := range ranges {
 		n.next = append(n.next, p.Addr().Next().Next())
 	}
@@ -45,8 +47,28 @@ func (n *network) note(a netip.Addr) {
 // draw gives the next free address of a family; the last of an IPv4 range is for broadcasts.
 func (n *network) draw(family int, taken map[netip.Addr]metav1.Object) (netip.Addr, bool) {
 	for a := n.next[family]; n.ranges[family].Contains(a.Next()); a = a.Next() {
-		if _, ok := taken[a]; !ok {
+		if _, ok := taken[a]; !ok && !n.keepers[a] {
 			n.next[family] = a.Next()
+			return a, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// keep reserves the addresses that an object had before.
+func (n *network) keep(key string, addrs []string) {
+	for _, s := range addrs {
+		if a, err := parseAddr(s); err == nil && slices.ContainsFunc(n.ranges, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			n.kept[key] = append(n.kept[key], a)
+			n.keepers[a] = true
+		}
+	}
+}
+
+// before returns the address of a family that an object had before, if it is still free.
+func (n *network) before(key string, family int, taken map[netip.Addr]metav1.Object) (netip.Addr, bool) {
+	for _, a := range n.kept[key] {
+		if _, ok := taken[a]; !ok && n.ranges[family].Contains(a) {
 			return a, true
 		}
 	}
@@ -62,6 +84,7 @@ func (n *network) prefixes() []netip.Prefix {
 // next ones that are free. So a name keeps its address as long as no name before it comes or goes.
 func (r *reader) assignAddresses() {
 	r.podNetwork, r.serviceNetwork = newNetwork(podRanges), newNetwork(serviceRanges)
+	r.keepAddresses()
 	taken := map[netip.Addr]metav1.Object{}
 	claim := func(o metav1.Object, n *network, field string, addrs []string) {
 		for _, s := range addrs {
@@ -98,12 +121,35 @@ func (r *reader) assignAddresses() {
 	}
 }
 
+// keepAddresses reserves for those that are still there what they had in the manifests before.
+func (r *reader) keepAddresses() {
+	if r.o.Previous == nil {
+		return
+	}
+	pods, services := map[string][]string{}, map[string][]string{}
+	for _, p := range r.o.Previous.Objects.Pods {
+		pods[p.Namespace+"/"+p.Name] = podIPs(p)
+	}
+	for _, s := range r.o.Previous.Objects.Services {
+		services[s.Namespace+"/"+s.Name] = s.Spec.ClusterIPs
+	}
+	for _, p := range r.pods {
+		r.podNetwork.keep(p.Namespace+"/"+p.Name, pods[p.Namespace+"/"+p.Name])
+	}
+	for _, s := range r.services {
+		r.serviceNetwork.keep(s.Namespace+"/"+s.Name, services[s.Namespace+"/"+s.Name])
+	}
+}
+
 // drawEach draws one address of each family.
 func (r *reader) drawEach(o metav1.Object, n *network, wanted []corev1.IPFamily, taken map[netip.Addr]metav1.Object) []string {
 	var out []string
 	for _, f := range wanted {
 		i := slices.Index(families, f)
-		a, ok := n.draw(i, taken)
+		a, ok := n.before(o.GetNamespace()+"/"+o.GetName(), i, taken)
+		if !ok {
+			a, ok = n.draw(i, taken)
+		}
 		if !ok {
 			r.wrong(o, "", fmt.Sprintf("no address is left in %s", n.ranges[i]), "read fewer manifests, or ask for fewer replicas")
 			return out

@@ -34,6 +34,8 @@ type Options struct {
 	Namespace string
 	// Stdin is read for the path "-"; nil means os.Stdin.
 	Stdin io.Reader
+	// Previous is an earlier reading of the same manifests: what is still there keeps the address that it was given then.
+	Previous *Manifests
 }
 
 // Manifests are the objects of a cluster in which everything that was read is running.
