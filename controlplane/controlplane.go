@@ -105,55 +105,67 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 }
 
 // Apply takes over an object that was created or changed.
-func (cp *ControlPlane) Apply(obj metav1.Object) error { return cp.change(obj, (*policy.Index).Apply) }
+func (cp *ControlPlane) Apply(obj metav1.Object) error {
+	return cp.Update([]metav1.Object{obj}, nil)
+}
 
 // Delete takes an object out.
 func (cp *ControlPlane) Delete(obj metav1.Object) error {
-	return cp.change(obj, (*policy.Index).Delete)
+	return cp.Update(nil, []metav1.Object{obj})
 }
 
-func (cp *ControlPlane) change(obj metav1.Object, how func(*policy.Index, metav1.Object) (policy.Delta, error)) error {
-	gone, err := cp.changeLocked(obj, how)
+// Update takes objects over and others out as one change: nobody is sent what holds in between.
+func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
+	gone, err := cp.update(applied, deleted)
 	for _, c := range gone { // ends streams, whose callbacks come back here
 		cp.xds.Forget(c)
 	}
 	return err
 }
 
-// changeLocked does all of a change but to forget the sidecars that are gone, which it returns.
-func (cp *ControlPlane) changeLocked(obj metav1.Object, how func(*policy.Index, metav1.Object) (policy.Delta, error)) (gone []server.Client, err error) {
+// update does all of an Update but to forget the sidecars that are gone, which it returns.
+func (cp *ControlPlane) update(applied, deleted []metav1.Object) (gone []server.Client, err error) {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	d, err := how(cp.index, obj)
-	if err != nil || !cp.loaded {
-		return nil, err
+	var touched []policy.Delta
+	for _, obj := range deleted {
+		d, err := cp.index.Delete(obj)
+		if err != nil {
+			return nil, err
+		}
+		touched = append(touched, d)
 	}
+	for _, obj := range applied {
+		d, err := cp.index.Apply(obj)
+		if err != nil {
+			return nil, err
+		}
+		touched = append(touched, d)
+	}
+	if !cp.loaded {
+		return nil, nil
+	}
+	d := policy.Merge(touched)
 	stale := map[string]bool{} // on-demand names
 	for _, key := range d.Subjects {
-		before := cp.rendered[key]
-		if err := cp.publishSubject(key); err != nil {
+		if err := cp.publishChanged(key, stale); err != nil {
 			return gone, err
-		}
-		if before != nil && cp.rendered[key].hash == before.hash {
-			continue
-		}
-		s := cp.index.SubjectByKey(key)
-		for _, pod := range s.Pods() {
-			cp.demand.collect(stale, podKey(pod))
-			for _, name := range cp.xds.Subscriptions(server.Client(pod)) {
-				stale[name] = true
-			}
 		}
 	}
 	for _, name := range d.Pods {
 		cp.demand.collect(stale, podKey(name))
 		p, ok := cp.index.Pod(name)
-		if !ok {
+		if !ok || !p.Sidecar {
 			gone = append(gone, server.Client(name))
+		}
+		if !ok {
 			continue
 		}
 		for _, a := range p.Addrs {
 			cp.demand.collect(stale, addrKey(a))
+		}
+		for _, own := range cp.xds.Subscriptions(server.Client(name)) { // it may be somebody else now
+			stale[own] = true
 		}
 		if err := cp.publishPod(p); err != nil {
 			return gone, err
@@ -168,6 +180,29 @@ func (cp *ControlPlane) changeLocked(obj metav1.Object, how func(*policy.Index, 
 	cp.refresh(stale)
 	cp.sweep()
 	return gone, nil
+}
+
+// publishChanged publishes to a subject's sidecars and, if its verdicts are other ones than before, notes the on-demand clusters that
+// rest on them: those that its sidecars hold, and those that lead to its pods.
+func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error {
+	s := cp.index.SubjectByKey(key)
+	if s == nil {
+		return nil
+	}
+	before := cp.rendered[key]
+	if err := cp.publishSubject(key); err != nil {
+		return err
+	}
+	if before != nil && cp.rendered[key].hash == before.hash {
+		return nil
+	}
+	for _, pod := range s.Pods() {
+		cp.demand.collect(stale, podKey(pod))
+		for _, name := range cp.xds.Subscriptions(server.Client(pod)) {
+			stale[name] = true
+		}
+	}
+	return nil
 }
 
 // refresh has the on-demand clusters with these names resolved anew for everybody who uses them.

@@ -111,6 +111,23 @@ type Delta struct {
 	Services []string
 }
 
+// Merge is what several changes in a row touched.
+func Merge(deltas []Delta) Delta {
+	c := newChange()
+	for _, d := range deltas {
+		for _, k := range d.Subjects {
+			c.subjects[k] = true
+		}
+		for _, k := range d.Pods {
+			c.pods[k] = true
+		}
+		for _, k := range d.Services {
+			c.services[k] = true
+		}
+	}
+	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services)}
+}
+
 // change collects a Delta.
 type change struct {
 	subjects, pods, services map[string]bool
