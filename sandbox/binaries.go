@@ -57,13 +57,13 @@ func find(what, env string, onPath, places []string) (string, error) {
 
 // reachable makes a program executable for every user of the enclosure, whatever the folders above it allow (a home folder is often
 // closed to others): it is bound to a place in the run directory.
-func reachable(program, at string) (string, error) {
+func reachable(program, at string) error {
 	f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o755)
 	if err != nil {
-		return "", err
+		return err
 	}
 	if err := errors.Join(f.Close(), unix.Mount(program, at, "", unix.MS_BIND, "")); err != nil {
-		return "", fmt.Errorf("bind %s to %s: %w", program, at, err)
+		return fmt.Errorf("bind %s to %s: %w", program, at, err)
 	}
-	return at, nil
+	return nil
 }

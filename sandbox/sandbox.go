@@ -58,13 +58,19 @@ type Sandbox struct {
 	grpc      *grpc.Server
 	serving   sync.WaitGroup
 	index     *policy.Index // the evaluator that the packets are held against; apart from the control plane's own
+	enclosure netns.Enclosure
+	running   context.Context // of the agents: it ends with Close
+	end       context.CancelFunc
 	pods      map[string]*pod
+	made      map[string]int // how many pods of a name there have been: each has a UID of its own
+	agents    int            // started so far
 	outsides  map[netip.Prefix]*netns.External
 }
 
 // pod is one pod of the sandbox.
 type pod struct {
 	name  string // "namespace/name"
+	uid   string
 	spec  *corev1.Pod
 	ports []matrix.Listener
 	net   *netns.Pod
@@ -90,13 +96,14 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err := os.Chmod(dir, 0o755); err != nil { // Envoy runs as another user
 		return nil, err
 	}
-	s = &Sandbox{cfg: cfg, dir: dir, pods: map[string]*pod{}, outsides: map[netip.Prefix]*netns.External{}}
+	s = &Sandbox{cfg: cfg, dir: dir, enclosure: enclosure, pods: map[string]*pod{}, made: map[string]int{}, outsides: map[netip.Prefix]*netns.External{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
 			s = nil
 		}
 	}()
+	s.running, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	s.index = policy.NewIndex(cfg.Policy)
 	if err := s.index.ApplyAll(&cfg.Manifests.Objects); err != nil {
 		return s, err
@@ -107,7 +114,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err := s.serve(ctx); err != nil {
 		return s, err
 	}
-	if err := s.addPods(ctx); err != nil {
+	if err := s.makePods(ctx, cfg.Manifests.Objects.Pods); err != nil {
 		return s, err
 	}
 	if err := s.addOutsides(ctx); err != nil {
@@ -116,7 +123,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err := s.network.SetServices(s.services()); err != nil {
 		return s, err
 	}
-	return s, s.startAgents(ctx, enclosure)
+	return s, s.startAgents(ctx)
 }
 
 // serve starts the control plane on the node's addresses.
@@ -137,9 +144,7 @@ func (s *Sandbox) serve(ctx context.Context) error {
 	objects := s.cfg.Manifests.Objects
 	objects.Pods = nil
 	for _, p := range s.cfg.Manifests.Objects.Pods {
-		p = p.DeepCopy()
-		p.UID = uid(p)
-		objects.Pods = append(objects.Pods, p)
+		objects.Pods = append(objects.Pods, s.withUID(p))
 	}
 	if err := s.cp.Load(&objects); err != nil {
 		return err
@@ -168,16 +173,23 @@ func (s *Sandbox) controlPlaneFor(p *pod) string {
 	return netip.AddrPortFrom(node, controlPlanePort).String()
 }
 
-// uid is the pod's own, or one made from its name: manifests have none.
-func uid(p *corev1.Pod) types.UID {
+// uid is the pod's own, or one made from its name and how often there has been one of that name: manifests have none.
+func (s *Sandbox) uid(p *corev1.Pod) types.UID {
 	if p.UID != "" {
 		return p.UID
 	}
-	return types.UID("sandbox/" + p.Namespace + "/" + p.Name)
+	name := p.Namespace + "/" + p.Name
+	return types.UID(fmt.Sprintf("sandbox/%s/%d", name, s.made[name]))
 }
 
-func (s *Sandbox) addPods(ctx context.Context) error {
-	list := s.cfg.Manifests.Objects.Pods
+// withUID is the pod with the UID under which its agent is attested.
+func (s *Sandbox) withUID(p *corev1.Pod) *corev1.Pod {
+	p = p.DeepCopy()
+	p.UID = s.uid(p)
+	return p
+}
+
+func (s *Sandbox) makePods(ctx context.Context, list []*corev1.Pod) error {
 	s.cfg.Progress("pods", 0, len(list))
 	var specs []netns.PodSpec
 	for _, p := range list {
@@ -191,7 +203,8 @@ func (s *Sandbox) addPods(ctx context.Context) error {
 		}
 		specs = append(specs, spec)
 		name := p.Namespace + "/" + p.Name
-		s.pods[name] = &pod{name: name, spec: p, ports: ports}
+		s.pods[name] = &pod{name: name, uid: string(s.uid(p)), spec: p, ports: ports}
+		s.made[name]++
 	}
 	made, err := s.network.AddPods(ctx, specs)
 	if err != nil {
@@ -254,11 +267,11 @@ func (s *Sandbox) services() []netns.Service {
 	return out
 }
 
-// startAgents starts the sidecars of all injected pods and waits until each is ready.
-func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) error {
+// startAgents starts the sidecars of all injected pods that have none running, and waits until each is ready.
+func (s *Sandbox) startAgents(ctx context.Context) error {
 	var injected []*pod
 	for _, p := range s.pods {
-		if p.spec.Annotations[policy.SidecarAnnotation] == policy.SidecarInjected {
+		if p.agent == nil && p.spec.Annotations[policy.SidecarAnnotation] == policy.SidecarInjected {
 			injected = append(injected, p)
 		}
 	}
@@ -266,33 +279,22 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 	if len(injected) == 0 {
 		return nil
 	}
-	envoy, err := reachable(s.cfg.Binaries.Envoy, filepath.Join(s.dir, "envoy"))
+	run, err := s.agentRun()
 	if err != nil {
 		return err
-	}
-	s.envoy = envoy
-	bundle, err := s.authority.Bundle().Marshal()
-	if err != nil {
-		return err
-	}
-	bundleFile := filepath.Join(s.dir, "bundle.pem")
-	if err := os.WriteFile(bundleFile, bundle, 0o644); err != nil {
-		return err
-	}
-	run := agentRun{
-		binary: s.cfg.Binaries.Agent, envoy: envoy, bundle: bundleFile, trustDomain: s.cfg.Policy.TrustDomain.Name(),
-		single: enclosure.SingleUID,
 	}
 	s.cfg.Progress("sidecars", 0, len(injected))
 	var mu sync.Mutex
 	ready := 0
 	g, gctx := errgroup.WithContext(ctx)
-	for i, p := range injected {
-		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: string(uid(p.spec))}, attest.Audience)
+	for _, p := range injected {
+		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: p.uid}, attest.Audience)
 		if err != nil {
 			return err
 		}
-		if p.agent, err = run.start(ctx, p.net, s.controlPlaneFor(p), filepath.Join(s.dir, "pods", strconv.Itoa(i)), token); err != nil {
+		dir := filepath.Join(s.dir, "pods", strconv.Itoa(s.agents)) // short: paths of unix sockets are bounded
+		s.agents++
+		if p.agent, err = run.start(s.running, p.net, s.controlPlaneFor(p), dir, token); err != nil {
 			return err
 		}
 		g.Go(func() error {
@@ -307,6 +309,26 @@ func (s *Sandbox) startAgents(ctx context.Context, enclosure netns.Enclosure) er
 		})
 	}
 	return g.Wait()
+}
+
+// agentRun is what all agents are started with. The first time it lays out their files.
+func (s *Sandbox) agentRun() (agentRun, error) {
+	run := agentRun{
+		binary: s.cfg.Binaries.Agent, envoy: filepath.Join(s.dir, "envoy"), bundle: filepath.Join(s.dir, "bundle.pem"),
+		trustDomain: s.cfg.Policy.TrustDomain.Name(), single: s.enclosure.SingleUID,
+	}
+	if s.envoy != "" {
+		return run, nil
+	}
+	if err := reachable(s.cfg.Binaries.Envoy, run.envoy); err != nil {
+		return run, err
+	}
+	s.envoy = run.envoy
+	bundle, err := s.authority.Bundle().Marshal()
+	if err != nil {
+		return run, err
+	}
+	return run, os.WriteFile(run.bundle, bundle, 0o644)
 }
 
 // Pod is a pod's network namespace, to run something else in.
@@ -353,6 +375,9 @@ func (s *Sandbox) Close() error {
 		s.grpc.Stop()
 	}
 	s.serving.Wait()
+	if s.end != nil {
+		s.end()
+	}
 	if s.network != nil {
 		errs = append(errs, s.network.Close())
 	}

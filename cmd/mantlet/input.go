@@ -93,11 +93,7 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		}
 		w.options.External = append(w.options.External, e)
 	}
-	scope := source.InjectLabeled
-	if in.injectAll {
-		scope = source.InjectAll
-	}
-	if w.manifests, err = source.ReadManifests(in.files, source.Options{Replicas: in.replicas, Inject: scope, Namespace: in.namespace}); err != nil {
+	if w.manifests, err = source.ReadManifests(in.files, source.Options{Replicas: in.replicas, Inject: in.scope(), Namespace: in.namespace}); err != nil {
 		return nil, err
 	}
 	notice(stderr, w)
@@ -111,6 +107,13 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 	}
 	w.attempts, err = matrix.Plan(w.manifests, w.options)
 	return w, err
+}
+
+func (in *input) scope() source.InjectScope {
+	if in.injectAll {
+		return source.InjectAll
+	}
+	return source.InjectLabeled
 }
 
 // notice tells what was left out and what is not enforced.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -25,10 +26,15 @@ const (
 	exitInterrupted = 130 // Ctrl-C
 )
 
+// sandboxOptions are the flags of sandbox alone.
+type sandboxOptions struct {
+	flows          int
+	watch, verbose bool
+}
+
 func newSandbox() *cobra.Command {
 	var in input
-	var flows int
-	var verbose bool
+	var opts sandboxOptions
 	cmd := &cobra.Command{
 		Use:   "sandbox -f DIR|FILE…",
 		Short: "Run manifests in network namespaces, with real Envoys, and try every connection",
@@ -42,16 +48,17 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 			defer stop()
-			err := in.sandbox(ctx, cmd, args, flows, verbose)
-			if ctx.Err() != nil {
+			err := in.sandbox(ctx, cmd, args, opts)
+			if ctx.Err() != nil && (err != nil || !opts.watch) { // Ctrl-C is how a watch ends
 				return &exit{exitInterrupted, errors.New("interrupted")}
 			}
 			return err
 		},
 	}
 	in.register(cmd)
-	cmd.Flags().IntVar(&flows, "flows", 1, "how many allowed flows the table shows with the SPIFFE IDs of both ends")
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "log what the control plane does, on standard error")
+	cmd.Flags().IntVar(&opts.flows, "flows", 1, "how many allowed flows the table shows with the SPIFFE IDs of both ends")
+	cmd.Flags().BoolVarP(&opts.watch, "watch", "w", false, "keep running and apply the edits of the manifests as they happen")
+	cmd.Flags().BoolVarP(&opts.verbose, "verbose", "v", false, "log what the control plane does, on standard error")
 	return cmd
 }
 
@@ -61,7 +68,7 @@ func outside(in *input, args []string) error {
 	if _, err := sandbox.FindBinaries(); err != nil {
 		return err
 	}
-	for _, f := range append(in.files, args...) {
+	for _, f := range append(slices.Clone(in.files), args...) {
 		if f == "-" { // can be read once only: inside
 			return reenter()
 		}
@@ -83,7 +90,7 @@ func reenter() error {
 	return nil
 }
 
-func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string, flows int, verbose bool) error {
+func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string, opts sandboxOptions) error {
 	stderr := cmd.ErrOrStderr()
 	w, err := in.read(args, stderr)
 	if err != nil {
@@ -94,7 +101,7 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 		return err
 	}
 	level := slog.LevelError
-	if verbose {
+	if opts.verbose {
 		level = slog.LevelDebug
 	}
 	bar := newProgress(stderr)
@@ -111,20 +118,26 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 	res, err := s.Try(ctx, w.attempts)
 	tried := time.Since(began) - started
 	bar.clear()
+	if err == nil {
+		err = in.write(cmd.OutOrStdout(), res.Report)
+	}
+	if err == nil && in.output == "table" {
+		showFlows(cmd.OutOrStdout(), res.Flows, opts.flows)
+		fmt.Fprintf(cmd.OutOrStdout(), "\npods and sidecars ready after %s; %d connections tried in %s\n",
+			started.Round(10*time.Millisecond), len(w.attempts), tried.Round(10*time.Millisecond))
+	}
+	mismatches := 0
+	if err == nil {
+		mismatches = res.Report.Summary.Mismatches
+		if opts.watch {
+			mismatches, err = in.watch(ctx, cmd, s, w)
+		}
+	}
 	if err = errors.Join(err, s.Close()); err != nil {
 		return err
 	}
-	out := cmd.OutOrStdout()
-	if err := in.write(out, res.Report); err != nil {
-		return err
-	}
-	if in.output == "table" {
-		showFlows(out, res.Flows, flows)
-		fmt.Fprintf(out, "\npods and sidecars ready after %s; %d connections tried in %s\n",
-			started.Round(10*time.Millisecond), len(w.attempts), tried.Round(10*time.Millisecond))
-	}
-	if n := res.Report.Summary.Mismatches; n > 0 {
-		return &exit{exitMismatch, fmt.Errorf("%d connections differ from what the evaluator says: this is a bug in mantlet, please report it with the manifests", n)}
+	if mismatches > 0 {
+		return &exit{exitMismatch, fmt.Errorf("%d connections differ from what the evaluator says: this is a bug in mantlet, please report it with the manifests", mismatches)}
 	}
 	return nil
 }

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/spf13/cobra"
+
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/source"
+	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/matrix"
+)
+
+// watch applies the edits of the manifests to the running sandbox until it is interrupted, and says for each what changed in
+// connectivity and how long it took. It returns how many connections differed from what the evaluator says.
+func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandbox, w *world) (mismatches int, err error) {
+	if slices.Contains(in.files, "-") {
+		return 0, fmt.Errorf("standard input cannot be watched\nhint: name a folder or file with -f")
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return 0, fmt.Errorf("watch the manifests: %w", err)
+	}
+	defer watcher.Close()
+	if err := watchAll(watcher, in.files); err != nil {
+		return 0, err
+	}
+	out, stderr := cmd.OutOrStdout(), cmd.ErrOrStderr()
+	fmt.Fprintln(stderr, "watching for edits; Ctrl-C ends it")
+	for {
+		select {
+		case <-ctx.Done():
+			return mismatches, nil
+		case err := <-watcher.Errors:
+			return mismatches, fmt.Errorf("watch the manifests: %w", err)
+		case <-watcher.Events:
+		}
+		written := settled(ctx, watcher)
+		if err := watchAll(watcher, in.files); err != nil { // folders may be new
+			fmt.Fprintln(stderr, "error:", err)
+		}
+		next, err := in.reread(w)
+		if err != nil { // an editor may be half-way through: what is in force stays
+			fmt.Fprintln(stderr, "error:", err, "\nwhat was in force stays in force")
+			continue
+		}
+		change, err := s.Update(ctx, next.manifests)
+		if err != nil {
+			return mismatches, err
+		}
+		if len(change.Objects) == 0 {
+			continue
+		}
+		n, err := in.report(ctx, out, s, w, next, change, written)
+		if err != nil {
+			return mismatches, err
+		}
+		mismatches += n
+		w = next
+	}
+}
+
+// quiet is how long files have to stay as they are before they are read: many programs empty a file before they write it, and a
+// policy that is gone for a moment is a policy that is gone.
+const quiet = 25 * time.Millisecond
+
+// settled waits until nothing has been written for a while and returns when the last write was seen.
+func settled(ctx context.Context, w *fsnotify.Watcher) time.Time {
+	last := time.Now()
+	timer := time.NewTimer(quiet)
+	defer timer.Stop()
+	for {
+		select {
+		case <-w.Events:
+			last = time.Now()
+			timer.Reset(quiet)
+		case <-timer.C:
+			return last
+		case <-ctx.Done():
+			return last
+		}
+	}
+}
+
+// watchAll watches files and all folders below folders. Files are watched by their folder: editors replace them.
+func watchAll(w *fsnotify.Watcher, paths []string) error {
+	for _, p := range paths {
+		err := filepath.WalkDir(p, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			if !d.IsDir() {
+				if path != p {
+					return nil
+				}
+				path = filepath.Dir(path)
+			}
+			return w.Add(path)
+		})
+		if err != nil {
+			return fmt.Errorf("watch %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// reread reads the manifests again, with the addresses of before.
+func (in *input) reread(w *world) (*world, error) {
+	m, err := source.ReadManifests(in.files, source.Options{Replicas: in.replicas, Inject: in.scope(), Namespace: in.namespace, Previous: w.manifests})
+	if err != nil {
+		return nil, err
+	}
+	next := &world{manifests: m, config: w.config, options: w.options, index: policy.NewIndex(w.config)}
+	if err := next.index.ApplyAll(&m.Objects); err != nil {
+		return nil, err
+	}
+	next.attempts, err = matrix.Plan(m, w.options)
+	return next, err
+}
+
+// report tells what an edit changed, by the evaluator and then by packets.
+func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, old, next *world, c *sandbox.Change, written time.Time) (mismatches int, err error) {
+	fmt.Fprintf(out, "\n%s  %s\n", written.Format(time.TimeOnly), strings.Join(c.Objects, ", "))
+	if len(c.Sidecars) == 0 {
+		fmt.Fprintln(out, "  no running sidecar had to be told")
+	} else {
+		fmt.Fprintf(out, "  in force after %s in %d sidecars, %d bytes of %s: %s\n", c.InForce.Round(10*time.Microsecond), len(c.Sidecars), c.Bytes,
+			strings.Join(c.Types, ", "), strings.Join(c.Sidecars, ", "))
+	}
+	was := verdicts(matrix.Simulate(old.index, old.attempts))
+	res, err := s.Try(ctx, next.attempts)
+	if err != nil {
+		return 0, err
+	}
+	seen := map[string]bool{}
+	for i := range res.Report.Connections {
+		conn := &res.Report.Connections[i]
+		if conn.Mismatch != "" {
+			fmt.Fprintf(out, "  MISMATCH %s → %s:%d (%s): %s\n", conn.From, conn.To, conn.Port, conn.Address, conn.Mismatch)
+		}
+		before, existed := was[connectionKey(conn)]
+		line := fmt.Sprintf("%s → %s:%d\n      %s", conn.From, conn.To, conn.Port, conn.Reason.Text)
+		if existed && before == conn.Verdict || seen[line] {
+			continue
+		}
+		seen[line] = true
+		fmt.Fprintf(out, "  now %s: %s\n", conn.Verdict, line)
+	}
+	sum := res.Report.Summary
+	fmt.Fprintf(out, "  %d connections tried: %d allowed (%d authenticated), %d denied, %d differ from the evaluator\n",
+		sum.Connections, sum.Allowed, sum.Authenticated, sum.Denied, sum.Mismatches)
+	return sum.Mismatches, nil
+}
+
+func verdicts(r *matrix.Report) map[string]string {
+	out := make(map[string]string, len(r.Connections))
+	for i := range r.Connections {
+		out[connectionKey(&r.Connections[i])] = r.Connections[i].Verdict
+	}
+	return out
+}
+
+func connectionKey(c *matrix.Connection) string {
+	return fmt.Sprintf("%s %s %s %s %d", c.From, c.Via, c.To, c.Address, c.Port)
+}
