@@ -41,6 +41,7 @@ func TestEnvoyDies(t *testing.T) {
 	w.startPlane()
 	w.startAgent()
 	w.ready()
+	w.log.await(t, "log of readiness", func(s string) bool { return strings.Contains(s, "agent: ready") })
 	relink("/bin/false")
 	killEnvoy(t, w)
 	w.log.await(t, "death", func(s string) bool { return strings.Contains(s, "signal: killed") })
