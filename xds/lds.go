@@ -66,7 +66,7 @@ func Inbound(node []netip.Addr) *listenerv3.Listener {
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(), TransportSocketConnectTimeout: durationpb.New(handshakeTimeout), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
-		{Name: names.ChainNode, Filters: []*listenerv3.Filter{tcpProxy("node", names.ClusterApp)}},
+		{Name: names.ChainNode, Filters: []*listenerv3.Filter{alone(), tcpProxy("node", names.ClusterApp)}},
 		{Name: names.ChainPlain, Filters: []*listenerv3.Filter{plainState(), tcpProxy("plain", names.ClusterToGate)}},
 	}
 	return l
@@ -102,7 +102,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
 		{Name: names.ChainMesh, Filters: []*listenerv3.Filter{nameOnDemand(), onDemand()}},
-		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{tcpProxy("passthrough", names.ClusterPassthrough)}},
+		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{alone(), tcpProxy("passthrough", names.ClusterPassthrough)}},
 	}
 	return l
 }
@@ -172,9 +172,21 @@ func state(key, factory, format string) *filterstatev3.FilterStateValue {
 // trueAddresses let the gate see the addresses of the captured connection.
 func trueAddresses() []*filterstatev3.FilterStateValue {
 	return []*filterstatev3.FilterStateValue{
+		unshared(),
 		state("envoy.filters.listener.original_dst.local_ip", "", "%DOWNSTREAM_LOCAL_ADDRESS%"),
 		state("envoy.filters.listener.original_dst.remote_ip", "", "%DOWNSTREAM_REMOTE_ADDRESS%"),
 	}
+}
+
+// unshared keeps connections apart on their way on. Envoy pools upstream connections by destination: of many that are under way at once
+// one that fails takes all others with it, those that come about nevertheless stay open unused, and whoever comes next is given
+// one of them, decided upon in another's name. Hashable state that is shared with upstream divides the pools; the id is unique.
+func unshared() *filterstatev3.FilterStateValue {
+	return state("mantlet.connection", "envoy.hashable_string", "%CONNECTION_ID%")
+}
+
+func alone() *listenerv3.Filter {
+	return filter("unshared", &setfilterstatev3.Config{OnNewConnection: []*filterstatev3.FilterStateValue{unshared()}})
 }
 
 func mtlsState() *listenerv3.Filter {
@@ -194,7 +206,7 @@ const onDemandTimeout = 2 * time.Second
 func nameOnDemand() *listenerv3.Filter {
 	s := state("envoy.tcp_proxy.cluster", "", names.OnDemandPrefix+"%DOWNSTREAM_LOCAL_ADDRESS%")
 	s.SharedWithUpstream = filterstatev3.FilterStateValue_NONE
-	return filter("set_filter_state", &setfilterstatev3.Config{OnNewConnection: []*filterstatev3.FilterStateValue{s}})
+	return filter("set_filter_state", &setfilterstatev3.Config{OnNewConnection: []*filterstatev3.FilterStateValue{s, unshared()}})
 }
 
 func onDemand() *listenerv3.Filter {
