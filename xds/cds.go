@@ -21,8 +21,9 @@ import (
 	"github.com/mantlet/mantlet/xds/names"
 )
 
-// connectTimeout bounds a TCP connect with TLS handshake to another pod, or a connect to the app.
-const connectTimeout = 5 * time.Second
+// connectTimeout bounds a TCP connect with TLS handshake to another pod, or a connect to the app. It outlasts the handshakes of
+// thousands of connections at once.
+const connectTimeout = 10 * time.Second
 
 // Clusters are the clusters that every sidecar has, the same for all.
 func Clusters() []*clusterv3.Cluster {

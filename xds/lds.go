@@ -26,11 +26,11 @@ import (
 // sniffTimeout bounds the wait for a ClientHello. A client that has said nothing by then counts as plaintext: clients of
 // server-first plaintext protocols wait this long for the banner. A sidecar that is slower than this is taken for plaintext and
 // refused, so that it must outlast the handshake queue of a busy machine.
-const sniffTimeout = time.Second
+const sniffTimeout = 3 * time.Second
 
 // handshakeTimeout bounds a TLS handshake from its ClientHello on: without it, whoever says nothing more keeps a connection open for ever.
-// Sidecars give up after connectTimeout.
-const handshakeTimeout = 2 * connectTimeout
+// The sidecar at the other end gives up at the same time.
+const handshakeTimeout = connectTimeout
 
 // earlyData is how much of a connection Envoy holds until the TLS handshake is done and the next hop is connected.
 const earlyData = 8192
