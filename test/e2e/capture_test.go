@@ -105,8 +105,12 @@ func (sc sidecar) stats(t *testing.T, filter string) map[string]int {
 // taken counts the connections that the capture ports have accepted.
 func (sc sidecar) taken(t *testing.T) int {
 	t.Helper()
-	n := 0
-	for name, v := range sc.stats(t, `^listener\..*_150(01|06)\.downstream_cx_total$`) {
+	return total(sc.stats(t, `^listener\..*_150(01|06)\.downstream_cx_total$`))
+}
+
+// total adds stats up, of all workers together.
+func total(stats map[string]int) (n int) {
+	for name, v := range stats {
 		if !strings.Contains(name, "worker_") {
 			n += v
 		}
@@ -171,13 +175,7 @@ func capturePorts(t *testing.T, s *sandbox.Sandbox) {
 		wantReached(t, probe(t, pod(t, s, "shop/api"), a, echo), "shop/db")
 	}
 	await(t, "connections to end", func() bool {
-		open := 0
-		for name, v := range after.stats(t, `^listener\..*_150(01|06)\.downstream_cx_active$`) {
-			if !strings.Contains(name, "worker_") {
-				open += v
-			}
-		}
-		return open == 0
+		return total(after.stats(t, `^listener\..*_150(01|06)\.downstream_cx_active$`)) == 0
 	})
 }
 
