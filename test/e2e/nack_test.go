@@ -167,15 +167,14 @@ func TestNACK(t *testing.T) {
 			find(server.ListenerType, names.Outbound).InForce
 	})
 	for _, c := range []struct{ url, name, says string }{
-		{server.ListenerType, names.Gate, "exact_match_map"}, {server.ExtensionType, names.RBAC, "set_filter_state"},
+		{server.ListenerType, names.Gate, "MatchMapValidationError.Map: value must contain at least 1 pair"}, {server.ExtensionType, names.RBAC, "set_filter_state"},
 	} {
 		r := find(c.url, c.name)
 		if r.InForce || r.Refusal == nil || r.Refusal.Version != r.Wanted || r.Acked == r.Wanted || r.Acked == "" ||
-			!strings.Contains(strings.ToLower(strings.ReplaceAll(r.Refusal.Reason, "ExactMatchMap", "exact_match_map")), c.says) {
+			!strings.Contains(r.Refusal.Reason, c.says) {
 			t.Errorf("%s: %+v, refusal %+v", c.name, r, r.Refusal)
 		}
 	}
-	t.Log(find(server.ListenerType, names.Gate).Refusal.Reason)
 	if status.InForce {
 		t.Error("the ledger says that all is in force")
 	}

@@ -50,7 +50,7 @@ func (c *client) acked(ts *typeState, f *flight, now time.Time) []Event {
 // names none and there were several, each is sent again alone, and the guilty one convicts itself. The others of a rejected
 // response are sent again in any case, because Envoy does not remember the versions of a response that it rejected.
 func (s *Server) rejected(c *client, ts *typeState, f *flight, reason string, now time.Time) (*nacked, []Event) {
-	n := &nacked{url: ts.url, reason: shorten(reason)}
+	n := &nacked{url: ts.url, reason: shorten(explanation(reason))}
 	if n.reason == "" {
 		n.reason = "the client gave no reason"
 	}
@@ -84,6 +84,16 @@ func (s *Server) rejected(c *client, ts *typeState, f *flight, reason string, no
 		ts.settle(e)
 	}
 	return n, events
+}
+
+// explanation leaves out the dump of the whole resource that Envoy puts before what is wrong with it where a field breaks a constraint:
+// "goo.gle/debugproto" (or "debugstr"), the resource in text form, then ": Proto constraint validation failed (…)".
+func explanation(reason string) string {
+	const end = "\n: "
+	if i := strings.LastIndex(reason, end); i >= 0 && strings.HasPrefix(reason, "goo.gle/debug") {
+		return reason[i+len(end):]
+	}
+	return reason
 }
 
 // named finds which of the names an error of Envoy's is about. Its forms are "Error adding/updating listener(s) NAME: why",
