@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -34,7 +35,8 @@ type ControlPlane struct {
 
 	mu       sync.Mutex
 	index    *policy.Index
-	rendered map[string]*rendered // by subject key
+	hashes   map[string]string    // of the verdicts that are in force, by subject key
+	rendered map[string]*rendered // by subject key; only of subjects with sidecars
 	inbound  map[string]*server.Resource
 	static   []*server.Resource // clusters, the same for everybody
 	demand   demand
@@ -58,12 +60,13 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
+		hashes:   map[string]string{},
 		rendered: map[string]*rendered{},
 		inbound:  map[string]*server.Resource{},
 		demand:   newDemand(),
 	}
 	for _, cl := range xds.Clusters() {
-		r, err := server.NewResource(cl.Name, cl)
+		r, err := resource(cl)
 		if err != nil {
 			return nil, err
 		}
@@ -85,7 +88,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 func (cp *ControlPlane) Server() *server.Server { return cp.xds }
 
 // Load takes over a whole set of objects and then publishes to everybody. Until it is called nothing is published: half a set of
-// policies would be wrong policy.
+// policies would be wrong policy. It is for the start; later changes are Updates.
 func (cp *ControlPlane) Load(o *policy.Objects) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
@@ -96,12 +99,7 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
 	}
-	for _, key := range cp.index.SubjectKeys() {
-		if err := cp.publishSubject(key); err != nil {
-			return err
-		}
-	}
-	return nil
+	return cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys()})
 }
 
 // Apply takes over an object that was created or changed.
@@ -114,49 +112,41 @@ func (cp *ControlPlane) Delete(obj metav1.Object) error {
 	return cp.Update(nil, []metav1.Object{obj})
 }
 
-// Update takes objects over and others out as one change: nobody is sent what holds in between.
+// Update takes objects over and others out as one change: nobody is sent what holds in between. An object that cannot be taken over
+// is an error, which does not keep the others from taking effect.
 func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
-	gone, err := cp.update(applied, deleted)
-	for _, c := range gone { // ends streams, whose callbacks come back here
-		cp.xds.Forget(c)
-	}
-	return err
-}
-
-// update does all of an Update but to forget the sidecars that are gone, which it returns.
-func (cp *ControlPlane) update(applied, deleted []metav1.Object) (gone []server.Client, err error) {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
 	var touched []policy.Delta
-	for _, obj := range deleted {
-		d, err := cp.index.Delete(obj)
-		if err != nil {
-			return nil, err
-		}
+	var errs []error
+	take := func(d policy.Delta, err error) {
 		touched = append(touched, d)
+		errs = append(errs, err)
+	}
+	for _, obj := range deleted {
+		take(cp.index.Delete(obj))
 	}
 	for _, obj := range applied {
-		d, err := cp.index.Apply(obj)
-		if err != nil {
-			return nil, err
-		}
-		touched = append(touched, d)
+		take(cp.index.Apply(obj))
 	}
-	if !cp.loaded {
-		return nil, nil
+	if cp.loaded {
+		errs = append(errs, cp.publish(policy.Merge(touched)))
 	}
-	d := policy.Merge(touched)
+	return errors.Join(errs...)
+}
+
+// publish sends what a Delta has changed to whom it concerns.
+func (cp *ControlPlane) publish(d policy.Delta) error {
+	var errs []error
 	stale := map[string]bool{} // on-demand names
 	for _, key := range d.Subjects {
-		if err := cp.publishChanged(key, stale); err != nil {
-			return gone, err
-		}
+		errs = append(errs, cp.publishChanged(key, stale))
 	}
 	for _, name := range d.Pods {
 		cp.demand.collect(stale, podKey(name))
 		p, ok := cp.index.Pod(name)
 		if !ok || !p.Sidecar {
-			gone = append(gone, server.Client(name))
+			cp.xds.Forget(server.Client(name))
 		}
 		if !ok {
 			continue
@@ -167,9 +157,7 @@ func (cp *ControlPlane) update(applied, deleted []metav1.Object) (gone []server.
 		for _, own := range cp.xds.Subscriptions(server.Client(name)) { // it may be somebody else now
 			stale[own] = true
 		}
-		if err := cp.publishPod(p); err != nil {
-			return gone, err
-		}
+		errs = append(errs, cp.publishPod(p))
 	}
 	for _, name := range d.Services {
 		cp.demand.collect(stale, serviceKey(name))
@@ -179,30 +167,28 @@ func (cp *ControlPlane) update(applied, deleted []metav1.Object) (gone []server.
 	}
 	cp.refresh(stale)
 	cp.sweep()
-	return gone, nil
+	return errors.Join(errs...)
 }
 
 // publishChanged publishes to a subject's sidecars and, if its verdicts are other ones than before, notes the on-demand clusters that
-// rest on them: those that its sidecars hold, and those that lead to its pods.
+// rest on them: those that its sidecars hold, and those that lead to its pods, which may have no sidecar of their own.
 func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error {
 	s := cp.index.SubjectByKey(key)
 	if s == nil {
 		return nil
 	}
-	before := cp.rendered[key]
-	if err := cp.publishSubject(key); err != nil {
-		return err
-	}
-	if before != nil && cp.rendered[key].hash == before.hash {
+	hash := cp.index.Verdicts(key).Hash()
+	if cp.hashes[key] == hash {
 		return nil
 	}
+	cp.hashes[key] = hash
 	for _, pod := range s.Pods() {
 		cp.demand.collect(stale, podKey(pod))
 		for _, name := range cp.xds.Subscriptions(server.Client(pod)) {
 			stale[name] = true
 		}
 	}
-	return nil
+	return cp.publishSubject(key)
 }
 
 // refresh has the on-demand clusters with these names resolved anew for everybody who uses them.
@@ -221,8 +207,9 @@ func (cp *ControlPlane) refresh(names map[string]bool) {
 
 // sweep drops what was rendered for subjects that are gone.
 func (cp *ControlPlane) sweep() {
-	for key := range cp.rendered {
+	for key := range cp.hashes {
 		if cp.index.SubjectByKey(key) == nil {
+			delete(cp.hashes, key)
 			delete(cp.rendered, key)
 		}
 	}
@@ -260,12 +247,10 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if hash := v.Hash(); r == nil || r.hash != hash {
 		r = &rendered{hash: hash, sets: map[string]server.Set{}}
 		var err error
-		gate := xds.Gate(v)
-		if r.gate, err = server.NewResource(gate.Name, gate); err != nil {
+		if r.gate, err = resource(xds.Gate(v)); err != nil {
 			return server.Set{}, err
 		}
-		rbac := xds.RBAC(v)
-		if r.rbac, err = server.NewResource(rbac.Name, rbac); err != nil {
+		if r.rbac, err = resource(xds.RBAC(v)); err != nil {
 			return server.Set{}, err
 		}
 		cp.rendered[p.Subject.Key] = r

@@ -33,6 +33,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 	}
 	var endpoints []xds.Endpoint
 	for _, e := range d.Endpoints {
+		depends = append(depends, addrKey(e.Addr.Addr())) // somebody else may come to have it
 		if e.Pod != "" {
 			depends = append(depends, podKey(e.Pod))
 		}

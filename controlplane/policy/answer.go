@@ -89,7 +89,7 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 		return Answer{Reason: verdict.Reason{Text: "there is no pod " + from}}
 	}
 	addr := to.Addr().Unmap()
-	dst := x.byAddr[addr]
+	dst := x.owner(addr)
 	switch {
 	case src == dst:
 		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
@@ -129,7 +129,7 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 
 // AnswerOutside decides a connection to a pod from an address that is no pod's.
 func (x *Index) AnswerOutside(from netip.Addr, proto verdict.Protocol, to netip.AddrPort) Answer {
-	dst := x.byAddr[to.Addr().Unmap()]
+	dst := x.owner(to.Addr().Unmap())
 	switch {
 	case dst == nil:
 		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + to.Addr().String()}}

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -72,7 +73,7 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 		return open("no policy isolates the workload for ingress", everywhere)
 	}
 	rs := newRuleSet(policies, ingressOf, d.ports)
-	dr := draft{rules: rs.words, reasons: rs.reasons, closed: x.podNetwork}
+	dr := draft{rules: rs.words, reasons: rs.reasons, closed: x.closedNetworks()}
 	resolved := make([]*portSet, len(rs.rules))
 	byAddress := false // some rule admits by address: then the egress policy of every identity counts
 	for i, r := range rs.rules {
@@ -105,16 +106,13 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 	}
 	for _, id := range sortedIdentities(ids) {
 		uses.egress[id.id] = true
-		p := peerIdentity{id: id.id}
-		pods, whole := []*pod{id.any()}, true
-		if x.tellsApart(rs.rules, id) || x.egressTellsApart(id) {
-			pods, whole = id.sorted(), false
+		p := peerIdentity{id: id.id, apart: x.tellsApart(rs.rules, id) || x.egressTellsApart(id)}
+		pods := []*pod{id.any()}
+		if p.apart {
+			pods = id.sorted()
 		}
 		for _, peer := range pods {
-			c := cell{gates: x.gatesTowards(peer, d, gates)}
-			if !whole {
-				c.addrs = peer.ips
-			}
+			c := cell{gates: x.gatesTowards(peer, d, gates), addrs: x.owned(peer)}
 			for i, r := range rs.rules {
 				if x.selects(r, peer) {
 					c.admits = append(c.admits, admit{i, resolved[i]})
@@ -130,6 +128,17 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 	return dr.layout(rs.isolating)
 }
 
+// closedNetworks is where a peer without identity must be a known pod: the pod network, and the addresses of pods outside of it.
+func (x *Index) closedNetworks() []netip.Prefix {
+	out := slices.Clone(x.podNetwork)
+	for _, a := range slices.SortedFunc(maps.Keys(x.claims), netip.Addr.Compare) {
+		if !x.inPodNetwork(a) {
+			out = append(out, host(a))
+		}
+	}
+	return out
+}
+
 // anywhere is the area of a rule that lists no peers.
 var anywhere = []ipBlock{{cidr: everywhere[0]}, {cidr: everywhere[1]}}
 
@@ -137,7 +146,7 @@ var anywhere = []ipBlock{{cidr: everywhere[0]}, {cidr: everywhere[1]}}
 func (x *Index) knownPlaintext(d *pod, rules []*rule, resolved []*portSet, gates gateCache) []cell {
 	var out []cell
 	for _, peer := range x.plainPods() {
-		for _, a := range peer.ips {
+		for _, a := range x.owned(peer) {
 			c := cell{addrs: []netip.Addr{a}, gates: x.gatesTowards(peer, d, gates)}
 			for i, r := range rules {
 				if r.anyone || x.selects(r, peer) || slices.ContainsFunc(r.blocks, func(b ipBlock) bool { return b.contains(a) }) {
@@ -238,17 +247,14 @@ func (x *Index) compileEgress(s *pod, uses *uses) verdict.Table {
 	}
 	for _, id := range sortedIdentities(ids) {
 		uses.ports[id.id] = true
-		p := peerIdentity{id: id.id}
-		pods, whole := []*pod{id.any()}, true
-		if x.tellsApart(rs.rules, id) || named && (id.portsDiffer() || blockNamesPortOf(rs.rules, id)) {
-			pods, whole = id.sorted(), false
+		p := peerIdentity{id: id.id, apart: x.tellsApart(rs.rules, id) || named && (id.portsDiffer() || blockNamesPortOf(rs.rules, id))}
+		if !p.apart {
+			p.cells = []cell{{admits: x.egressAdmits(rs.rules, id.any(), netip.Addr{})}}
+			dr.identities = append(dr.identities, p)
+			continue
 		}
-		for _, peer := range pods {
-			if whole {
-				p.cells = append(p.cells, cell{admits: x.egressAdmits(rs.rules, peer, netip.Addr{})})
-				continue
-			}
-			for _, a := range peer.ips {
+		for _, peer := range id.sorted() {
+			for _, a := range x.owned(peer) {
 				p.cells = append(p.cells, cell{addrs: []netip.Addr{a}, admits: x.egressAdmits(rs.rules, peer, a)})
 			}
 		}

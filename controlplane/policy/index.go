@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"sort"
+	"strings"
 
 	"github.com/gaissmai/bart"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,8 +36,8 @@ type Index struct {
 	defaultMode verdict.Mode
 
 	namespaces map[string]*namespace
-	pods       map[string]*pod // by "namespace/name"
-	byAddr     map[netip.Addr]*pod
+	pods       map[string]*pod       // by "namespace/name"
+	claims     map[netip.Addr][]*pod // who says that an address is its own; see owner
 	identities map[spiffeid.ID]*ident
 	subjects   map[string]*Subject
 	services   services
@@ -53,7 +54,6 @@ type Index struct {
 type namespace struct {
 	name       string
 	labels     map[string]string
-	declared   bool
 	identities map[spiffeid.ID]*ident
 	pods       map[string]*pod
 	policies   map[string]*netpol
@@ -64,7 +64,7 @@ func (n *namespace) sortedPolicies() []*netpol {
 	for _, p := range n.policies {
 		out = append(out, p)
 	}
-	slices.SortFunc(out, func(a, b *netpol) int { return cmpString(a.key, b.key) })
+	slices.SortFunc(out, func(a, b *netpol) int { return strings.Compare(a.key, b.key) })
 	return out
 }
 
@@ -90,7 +90,7 @@ func NewIndex(c Config) *Index {
 		defaultMode:    c.DefaultMode,
 		namespaces:     map[string]*namespace{},
 		pods:           map[string]*pod{},
-		byAddr:         map[netip.Addr]*pod{},
+		claims:         map[netip.Addr][]*pod{},
 		identities:     map[spiffeid.ID]*ident{},
 		subjects:       map[string]*Subject{},
 		services:       newServices(),
@@ -166,7 +166,7 @@ func (x *Index) Apply(obj metav1.Object) (Delta, error) {
 	c := newChange()
 	switch o := obj.(type) {
 	case *corev1.Namespace:
-		x.setNamespace(o.Name, o.Labels, true, c)
+		x.setNamespace(o.Name, o.Labels, c)
 	case *corev1.Pod:
 		if err := x.setPod(o, c); err != nil {
 			return Delta{}, err
@@ -188,7 +188,7 @@ func (x *Index) Delete(obj metav1.Object) (Delta, error) {
 	c := newChange()
 	switch o := obj.(type) {
 	case *corev1.Namespace:
-		x.setNamespace(o.Name, nil, false, c)
+		x.setNamespace(o.Name, nil, c)
 	case *corev1.Pod:
 		x.removePod(o.Namespace+"/"+o.Name, c)
 	case *networkingv1.NetworkPolicy:
@@ -270,10 +270,10 @@ func (x *Index) namespace(name string) *namespace {
 
 // setNamespace changes the labels of a namespace: subjects whose selectors now see it otherwise are affected, and its own where
 // the mode changes.
-func (x *Index) setNamespace(name string, labels map[string]string, declared bool, c *change) {
+func (x *Index) setNamespace(name string, labels map[string]string, c *change) {
 	ns := x.namespace(name)
 	before := *ns
-	ns.declared, ns.labels = declared, map[string]string{}
+	ns.labels = map[string]string{}
 	for k, v := range labels {
 		ns.labels[k] = v
 	}
@@ -460,14 +460,4 @@ func (p *netpol) selectors() []*selector {
 		}
 	}
 	return out
-}
-
-func cmpString(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }

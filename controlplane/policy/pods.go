@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
@@ -18,6 +19,7 @@ import (
 type pod struct {
 	key       string // "namespace/name"
 	uid       string
+	created   time.Time
 	namespace string
 	labels    map[string]string
 	ips       []netip.Addr
@@ -38,7 +40,7 @@ type ident struct {
 
 func (i *ident) sorted() []*pod {
 	out := slices.Collect(maps.Values(i.pods))
-	slices.SortFunc(out, func(a, b *pod) int { return cmpString(a.key, b.key) })
+	slices.SortFunc(out, func(a, b *pod) int { return strings.Compare(a.key, b.key) })
 	return out
 }
 
@@ -108,7 +110,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 		return fmt.Errorf("pod %s: %w", key, err)
 	}
 	p := &pod{
-		key: key, uid: string(o.UID), namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
+		key: key, uid: string(o.UID), created: o.CreationTimestamp.Time, namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
 		sidecar: o.Annotations[SidecarAnnotation] == SidecarInjected,
 	}
 	if p.ips, err = podAddrs(o.Status.PodIP, o.Status.PodIPs); err != nil {
@@ -128,7 +130,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 
 // same reports whether nothing that decides has changed.
 func (p *pod) same(q *pod, id spiffeid.ID) bool {
-	return p.ident.id == id && p.uid == q.uid && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
+	return p.ident.id == id && p.uid == q.uid && p.created.Equal(q.created) && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
 		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports)
 }
 
@@ -142,11 +144,9 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 	portsDiffered := i.portsDiffer()
 	p.ident = i
 	i.pods[p.key], ns.pods[p.key], x.pods[p.key] = p, p, p
-	for _, a := range p.ips {
-		x.byAddr[a] = p
-	}
 	c.pods[p.key] = true
 	x.noteEgress(i)
+	x.claim(p, c)
 	x.touchPeersOf(p, !ok || i.portsDiffer() != portsDiffered || len(i.pods) == 1, c)
 	x.rekey(p, c)
 }
@@ -161,11 +161,7 @@ func (x *Index) removePod(key string, c *change) {
 	delete(x.pods, key)
 	delete(x.namespace(p.namespace).pods, key)
 	delete(i.pods, key)
-	for _, a := range p.ips {
-		if x.byAddr[a] == p {
-			delete(x.byAddr, a)
-		}
-	}
+	x.disclaim(p, c)
 	c.pods[key] = true
 	gone := len(i.pods) == 0
 	x.touchPeersOf(p, gone || i.portsDiffer() != portsDiffered, c)
@@ -177,19 +173,92 @@ func (x *Index) removePod(key string, c *change) {
 	x.leaveSubject(p)
 }
 
+// claim notes the addresses of a pod. Two pods claim one address for a while where it is used again before the old pod's object is
+// gone: see owner.
+func (x *Index) claim(p *pod, c *change) {
+	for _, a := range p.ips {
+		if len(x.claims[a]) == 0 {
+			x.claims[a] = []*pod{p}
+			continue
+		}
+		before := x.owner(a)
+		x.claims[a] = append(x.claims[a], p)
+		x.newOwner(a, before, c)
+	}
+}
+
+func (x *Index) disclaim(p *pod, c *change) {
+	for _, a := range p.ips {
+		before := x.owner(a)
+		rest := slices.DeleteFunc(slices.Clone(x.claims[a]), func(q *pod) bool { return q == p })
+		if len(rest) == 0 {
+			delete(x.claims, a)
+			continue
+		}
+		x.claims[a] = rest
+		x.newOwner(a, before, c)
+	}
+}
+
+// newOwner marks what rests on an address that went from one claimant to another.
+func (x *Index) newOwner(a netip.Addr, before *pod, c *change) {
+	if x.owner(a) == before {
+		return
+	}
+	for _, p := range append(slices.Clone(x.claims[a]), before) {
+		if p == nil {
+			continue
+		}
+		c.pods[p.key] = true
+		x.touchPeersOf(p, false, c)
+	}
+}
+
+// owner is the pod that an address belongs to: of several that claim it the one created last. It is nil where nobody claims it, and
+// where two claim it that were created in the same second: as long as nobody can tell, it is nobody's.
+func (x *Index) owner(a netip.Addr) *pod {
+	var out *pod
+	tie := false
+	for _, p := range x.claims[a] {
+		switch {
+		case out == nil || p.created.After(out.created):
+			out, tie = p, false
+		case p.created.Equal(out.created):
+			tie = true
+		}
+	}
+	if tie {
+		return nil
+	}
+	return out
+}
+
+// owned lists the addresses that belong to a pod.
+func (x *Index) owned(p *pod) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range p.ips {
+		if x.owner(a) == p {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
 // touchPeersOf marks the subjects that list a pod: by address if it has no sidecar or if rules tell the pods of its identity
 // apart, and by identity if that is new, gone, or means other ports than before. One more replica of a known identity marks nobody.
 func (x *Index) touchPeersOf(p *pod, identityChanged bool, c *change) {
 	id := p.ident
 	ns := x.namespace(p.namespace)
 	apart := x.egressTellsApart(id)
+	differ := id.portsDiffer() // then rules with named ports list its pods by address
+	outside := slices.ContainsFunc(p.ips, func(a netip.Addr) bool { return !x.inPodNetwork(a) })
 	for _, s := range x.subjects {
 		u := &s.uses
 		if c.subjects[s.Key] {
 			continue
 		}
-		if u.byAddress && (!p.sidecar || apart || identityChanged && x.egressIsolated[id.id]) ||
-			u.egress[id.id] && apart || u.ports[id.id] && identityChanged || u.namedByAddress && len(p.ports) > 0 {
+		if u.byAddress && (!p.sidecar || apart || outside || identityChanged && x.egressIsolated[id.id]) ||
+			u.egress[id.id] && apart || u.ports[id.id] && (identityChanged || differ) || u.namedByAddress && len(p.ports) > 0 {
 			c.subjects[s.Key] = true
 			continue
 		}
@@ -253,6 +322,9 @@ func (x *Index) subjectKey(p *pod, mode verdict.Mode) string {
 	}
 	for _, a := range p.ips {
 		fmt.Fprintf(&b, " v%d", family(a))
+		if !x.inPodNetwork(a) { // boundaries are counted inside it only
+			fmt.Fprintf(&b, ",%s", a)
+		}
 		for e := range x.boundaries.Supernets(host(a)) {
 			fmt.Fprintf(&b, ",%s", e)
 		}
@@ -268,7 +340,7 @@ func (x *Index) plainPods() []*pod {
 			out = append(out, p)
 		}
 	}
-	slices.SortFunc(out, func(a, b *pod) int { return cmpString(a.key, b.key) })
+	slices.SortFunc(out, func(a, b *pod) int { return strings.Compare(a.key, b.key) })
 	return out
 }
 

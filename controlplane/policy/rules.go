@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"regexp"
 	"strings"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -55,12 +56,19 @@ func (b *ipBlock) contains(a netip.Addr) bool {
 	return true
 }
 
+// ruleOf finds the rule in the path of a field.
+var ruleOf = regexp.MustCompile(`^spec\.((?:ingress|egress)\[\d+\])`)
+
 // parsePolicy reads a NetworkPolicy so that whatever is wrong in it closes instead of opening: a broken podSelector selects the
 // whole namespace, a broken rule admits nothing.
 func parsePolicy(np *networkingv1.NetworkPolicy) *netpol {
 	p := &netpol{key: np.Namespace + "/" + np.Name, namespace: np.Namespace}
+	broken := map[string]bool{} // "ingress[0]"
 	for _, e := range Validate(np) {
 		p.problems = append(p.problems, e.Error())
+		if m := ruleOf.FindStringSubmatch(e.Field); m != nil {
+			broken[m[1]] = true
+		}
 	}
 	var err error
 	if p.pods, err = parseSelector(&np.Spec.PodSelector); err != nil {
@@ -79,7 +87,19 @@ func parsePolicy(np *networkingv1.NetworkPolicy) *netpol {
 			p.egress.rules = append(p.egress.rules, p.parseRule(fmt.Sprintf("egress[%d]", i), r.To, r.Ports))
 		}
 	}
+	p.ingress.void(broken)
+	p.egress.void(broken)
 	return p
+}
+
+// void takes what they admit from the rules in which something is wrong: all of it, because what a person meant by a rule of which a
+// part is missing nobody knows.
+func (d *direction) void(broken map[string]bool) {
+	for i := range d.rules {
+		if name := d.rules[i].name; broken[name] {
+			d.rules[i] = rule{name: name, ports: rulePorts{fixed: &portSet{}}, peersText: "nobody: the rule is invalid"}
+		}
+	}
 }
 
 // directions applies the defaulting of policyTypes: absent means Ingress, and Egress where there are egress rules

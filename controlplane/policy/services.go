@@ -3,6 +3,7 @@ package policy
 import (
 	"net/netip"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -15,11 +16,13 @@ import (
 // services holds Services and their EndpointSlices.
 type services struct {
 	byKey  map[string]*service // by "namespace/name"
-	byAddr map[netip.Addr]*service
+	claims map[netip.Addr][]*service
+	slices map[string]*service // by "namespace/name" of an EndpointSlice: the service that it belongs to
 }
 
 type service struct {
 	key    string
+	since  time.Time    // creation of the Service object
 	addrs  []netip.Addr // cluster IPs; none for headless and ExternalName services
 	ports  []servicePort
 	slices map[string]*discoveryv1.EndpointSlice
@@ -32,7 +35,7 @@ type servicePort struct {
 }
 
 func newServices() services {
-	return services{byKey: map[string]*service{}, byAddr: map[netip.Addr]*service{}}
+	return services{byKey: map[string]*service{}, claims: map[netip.Addr][]*service{}, slices: map[string]*service{}}
 }
 
 func (s *services) get(key string) *service {
@@ -47,7 +50,7 @@ func (s *services) get(key string) *service {
 func (s *services) set(o *corev1.Service, c *change) {
 	v := s.get(o.Namespace + "/" + o.Name)
 	s.unmap(v)
-	v.addrs, v.ports = nil, nil
+	v.since, v.addrs, v.ports = o.CreationTimestamp.Time, nil, nil
 	ips := o.Spec.ClusterIPs
 	if len(ips) == 0 {
 		ips = []string{o.Spec.ClusterIP}
@@ -56,7 +59,7 @@ func (s *services) set(o *corev1.Service, c *change) {
 		for _, ip := range ips {
 			if a, err := netip.ParseAddr(ip); err == nil { // "None" and "" are no addresses
 				v.addrs = append(v.addrs, a.Unmap())
-				s.byAddr[a.Unmap()] = v
+				s.claims[a.Unmap()] = append(s.claims[a.Unmap()], v)
 			}
 		}
 	}
@@ -72,10 +75,23 @@ func (s *services) set(o *corev1.Service, c *change) {
 
 func (s *services) unmap(v *service) {
 	for _, a := range v.addrs {
-		if s.byAddr[a] == v {
-			delete(s.byAddr, a)
+		s.claims[a] = slices.DeleteFunc(slices.Clone(s.claims[a]), func(o *service) bool { return o == v })
+		if len(s.claims[a]) == 0 {
+			delete(s.claims, a)
 		}
 	}
+}
+
+// owner is the service that an address belongs to, or nil. Two claim it for a while where events of one come before those of the
+// other; then it belongs to the newer one (by creation, then by name).
+func (s *services) owner(a netip.Addr) *service {
+	var out *service
+	for _, v := range s.claims[a] {
+		if out == nil || v.since.After(out.since) || v.since.Equal(out.since) && v.key < out.key {
+			out = v
+		}
+	}
+	return out
 }
 
 func (s *services) remove(o *corev1.Service, c *change) {
@@ -97,23 +113,30 @@ func (s *services) drop(v *service) {
 }
 
 func (s *services) setSlice(o *discoveryv1.EndpointSlice, c *change) {
+	key := o.Namespace + "/" + o.Name
 	name := o.Labels[discoveryv1.LabelServiceName]
+	if v := s.slices[key]; v != nil && v.key != o.Namespace+"/"+name { // it may go from one service to another
+		s.removeSlice(o, c)
+	}
 	if name == "" {
 		return
 	}
 	v := s.get(o.Namespace + "/" + name)
 	v.slices[o.Name] = o
+	s.slices[key] = v
 	c.services[v.key] = true
 }
 
+// removeSlice goes by the slice's name: in what a watch says of a deleted object the label may be gone.
 func (s *services) removeSlice(o *discoveryv1.EndpointSlice, c *change) {
-	for _, v := range s.byKey { // the label may be gone from a tombstone
-		if held, ok := v.slices[o.Name]; ok && held.Namespace == o.Namespace {
-			delete(v.slices, o.Name)
-			c.services[v.key] = true
-			s.drop(v)
-		}
+	v := s.slices[o.Namespace+"/"+o.Name]
+	if v == nil {
+		return
 	}
+	delete(s.slices, o.Namespace+"/"+o.Name)
+	delete(v.slices, o.Name)
+	c.services[v.key] = true
+	s.drop(v)
 }
 
 // Endpoint is a place where a connection may end up.
@@ -135,7 +158,7 @@ type Destination struct {
 // neither, and for a port that the service does not have.
 func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
 	addr := to.Addr().Unmap()
-	if v, ok := x.services.byAddr[addr]; ok {
+	if v := x.services.owner(addr); v != nil {
 		for _, p := range v.ports {
 			if p.number == to.Port() && p.protocol == proto {
 				return Destination{Service: v.key, Protocol: proto, Endpoints: x.endpoints(v, p, addr.Is4())}, true
@@ -143,7 +166,7 @@ func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destinat
 		}
 		return Destination{}, false
 	}
-	if _, ok := x.byAddr[addr]; ok {
+	if x.owner(addr) != nil {
 		return Destination{Protocol: proto, Endpoints: []Endpoint{x.endpoint(netip.AddrPortFrom(addr, to.Port()))}}, true
 	}
 	return Destination{}, false
@@ -182,7 +205,7 @@ func (x *Index) endpoints(v *service, p servicePort, v4 bool) []Endpoint {
 
 func (x *Index) endpoint(a netip.AddrPort) Endpoint {
 	e := Endpoint{Addr: a}
-	if p, ok := x.byAddr[a.Addr()]; ok {
+	if p := x.owner(a.Addr()); p != nil {
 		e.Pod, e.ID, e.Sidecar = p.key, p.ident.id, p.sidecar
 	}
 	return e

@@ -15,7 +15,7 @@ import (
 // cell is what the compiler knows of some or all pods of a peer identity: which rules admit them by selector, and what their own
 // policy leaves open towards the subject.
 type cell struct {
-	addrs  []netip.Addr // nil: every pod of the identity
+	addrs  []netip.Addr // of the pods, where rules tell the pods of an identity apart
 	admits []admit
 	gates  [2]*gate // the peer's own egress, for IPv4 and IPv6; nil: open
 }
@@ -33,6 +33,7 @@ type gate struct {
 // peerIdentity is a peer that the table lists by name.
 type peerIdentity struct {
 	id    spiffeid.ID
+	apart bool // rules tell its pods apart: addresses decide too, and a pod that has none yet is admitted nowhere
 	cells []cell
 }
 
@@ -235,7 +236,7 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 		id := &d.identities[i]
 		entry := verdict.Identity{ID: id.id}
 		var listed bool
-		if len(id.cells) == 1 && id.cells[0].addrs == nil {
+		if !id.apart {
 			c := &id.cells[0]
 			o4, o6 := decide(c, 0, len(identified) > 0), decide(c, 1, len(identified) > 0)
 			switch {
@@ -282,25 +283,32 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 	}
 	p.Identified = prefixes(identified, -1)
 
-	anonymous := region(active(d.anonymous, proto, port))
-	outside := without(anonymous, d.closed)
-	p.Anonymous = prefixes(outside, -1)
-	for i := range d.known {
-		c := &d.known[i]
-		for _, a := range c.addrs {
-			o := decide(c, family(a), false)
-			if o.falls {
-				if regionRule(outside, a) < 0 {
-					continue
-				}
-				o.verdict = verdict.Verdict{Reason: intern(d.closedReason)}
-			}
-			p.Anonymous = append(p.Anonymous, verdict.Prefix{Prefix: host(a), Verdict: o.verdict})
-		}
-	}
+	p.Anonymous = d.anonymousAt(proto, port, prefixes(without(region(active(d.anonymous, proto, port)), d.closed), -1), decide)
 	sortPrefixes(p.Identified)
 	sortPrefixes(p.Anonymous)
 	return p
+}
+
+// anonymousAt adds the pods without identity that are known by address to what areas admit. One of them goes before whatever the areas
+// say of its very address; that lies in a closed network, so that a known pod which no rule admits at this port needs no entry.
+func (d *draft) anonymousAt(proto verdict.Protocol, port uint16, areas []verdict.Prefix, decide func(*cell, int, bool) outcome) []verdict.Prefix {
+	own := map[netip.Prefix]bool{}
+	var out []verdict.Prefix
+	for i := range d.known {
+		c := &d.known[i]
+		for _, a := range c.addrs {
+			if o := decide(c, family(a), false); !o.falls {
+				own[host(a)] = true
+				out = append(out, verdict.Prefix{Prefix: host(a), Verdict: o.verdict})
+			}
+		}
+	}
+	for _, p := range areas {
+		if !own[p.Prefix] {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // excepted is the reason of addresses that a rule's ipBlock holds and excepts again.
