@@ -26,11 +26,11 @@ func FindBinaries() (Binaries, error) {
 	dir := filepath.Dir(self)
 	agent, err := find("mantlet-agent", "MANTLET_AGENT", nil, []string{filepath.Join(dir, "mantlet-agent")})
 	if err != nil {
-		return Binaries{}, fmt.Errorf("%w\nhint: run `make build`, or set MANTLET_AGENT", err)
+		return Binaries{}, fmt.Errorf("%w\n  hint: run `make build`, or set MANTLET_AGENT", err)
 	}
 	envoy, err := find("envoy", "MANTLET_ENVOY", []string{"envoy"}, []string{filepath.Join(dir, "..", ".cache", "envoy", "envoy"), ".cache/envoy/envoy"})
 	if err != nil {
-		return Binaries{}, fmt.Errorf("%w\nhint: run `make envoy`, or set MANTLET_ENVOY", err)
+		return Binaries{}, fmt.Errorf("%w\n  hint: run `make envoy`, or set MANTLET_ENVOY", err)
 	}
 	return Binaries{Agent: agent, Envoy: envoy}, nil
 }

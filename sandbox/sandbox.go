@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -275,7 +276,7 @@ func (s *Sandbox) startAgents(ctx context.Context) error {
 			injected = append(injected, p)
 		}
 	}
-	slices.SortFunc(injected, func(a, b *pod) int { return compare(a.name, b.name) })
+	slices.SortFunc(injected, func(a, b *pod) int { return strings.Compare(a.name, b.name) })
 	if len(injected) == 0 {
 		return nil
 	}
@@ -389,13 +390,3 @@ func (s *Sandbox) Close() error {
 
 // stopPatience is how long an agent may take to drain.
 const stopPatience = 5 * time.Second
-
-func compare(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
-}

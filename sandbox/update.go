@@ -36,7 +36,7 @@ type Change struct {
 // would do it. It returns when every sidecar has confirmed what it was sent.
 func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, error) {
 	if !slices.Equal(next.PodNetwork, s.cfg.Manifests.PodNetwork) || !slices.Equal(next.ServiceNetwork, s.cfg.Manifests.ServiceNetwork) {
-		return nil, errors.New("the manifests give addresses outside the networks that the sandbox runs with\nhint: start the sandbox anew")
+		return nil, errors.New("the manifests give addresses outside the networks that the sandbox runs with\n  hint: start the sandbox anew")
 	}
 	d := diff(&s.cfg.Manifests.Objects, &next.Objects)
 	c := &Change{Objects: d.words}
@@ -161,8 +161,8 @@ func diff(old, next *policy.Objects) *difference {
 	compareObjects(d, "Service", old.Services, next.Services)
 	compareObjects(d, "EndpointSlice", old.EndpointSlices, next.EndpointSlices)
 	compareObjects(d, "Pod", old.Pods, next.Pods)
-	was := byName(old.Pods)
-	for name, p := range byName(next.Pods) {
+	was, is := byName(old.Pods), byName(next.Pods)
+	for name, p := range is {
 		before, ok := was[name]
 		if ok && !replaced(before, p) {
 			continue
@@ -173,19 +173,20 @@ func diff(old, next *policy.Objects) *difference {
 		}
 	}
 	for name := range was {
-		if _, ok := byName(next.Pods)[name]; !ok {
+		if _, ok := is[name]; !ok {
 			d.gone = append(d.gone, name)
 		}
 	}
 	slices.Sort(d.gone)
-	slices.SortFunc(d.fresh, func(a, b *corev1.Pod) int { return compare(a.Namespace+"/"+a.Name, b.Namespace+"/"+b.Name) })
+	slices.SortFunc(d.fresh, func(a, b *corev1.Pod) int { return strings.Compare(a.Namespace+"/"+a.Name, b.Namespace+"/"+b.Name) })
 	slices.Sort(d.words)
 	return d
 }
 
 func compareObjects[T metav1.Object](d *difference, kind string, old, next []T) {
 	was, is := byName(old), byName(next)
-	for name, o := range is {
+	for _, name := range slices.Sorted(maps.Keys(is)) {
+		o := is[name]
 		before, ok := was[name]
 		switch {
 		case !ok:
@@ -197,10 +198,10 @@ func compareObjects[T metav1.Object](d *difference, kind string, old, next []T) 
 		}
 		d.applied = append(d.applied, o)
 	}
-	for name, o := range was {
+	for _, name := range slices.Sorted(maps.Keys(was)) {
 		if _, ok := is[name]; !ok {
 			d.words = append(d.words, kind+" "+name+" is gone")
-			d.deleted = append(d.deleted, o)
+			d.deleted = append(d.deleted, was[name])
 		}
 	}
 }

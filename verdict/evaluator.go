@@ -96,9 +96,6 @@ func trie(prefixes []Prefix) *bart.Table[Verdict] {
 	return t
 }
 
-// Isolated reports whether any policy isolates the subject in this direction.
-func (e *Evaluator) Isolated() bool { return len(e.table.Isolating) > 0 }
-
 // Decide says whether a peer may talk to the subject (ingress) or be talked to by it (egress) on a port: the subject's own port
 // at ingress, the peer's at egress. A denial names the rule that came nearest.
 func (e *Evaluator) Decide(proto Protocol, port uint16, peer Peer) Decision {

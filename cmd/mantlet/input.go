@@ -59,27 +59,30 @@ type world struct {
 func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 	in.files = append(in.files, args...)
 	if len(in.files) == 0 {
-		return nil, errors.New("no manifests\nhint: name files or folders with -f, for example -f examples/shop")
+		return nil, errors.New("no manifests\n  hint: name files or folders with -f, for example -f examples/shop")
 	}
 	if !slices.Contains([]string{"table", "json", "yaml"}, in.output) {
-		return nil, fmt.Errorf("output %q: not table, json or yaml", in.output)
+		return nil, fmt.Errorf("--output %q: not table, json or yaml\n  hint: leave it out for a table", in.output)
 	}
 	if in.replicas < 1 || in.replicas > 1000 {
-		return nil, fmt.Errorf("--replicas %d: want 1 to 1000", in.replicas)
+		return nil, fmt.Errorf("--replicas %d: want 1 to 1000\n  hint: give a number in that range", in.replicas)
+	}
+	if in.explain < 0 {
+		return nil, fmt.Errorf("--explain %d: want 0 or more\n  hint: 0 explains nothing", in.explain)
 	}
 	td, err := spiffeid.TrustDomainFromString(in.trustDomain)
 	if err != nil {
-		return nil, fmt.Errorf("--trust-domain %q: %w", in.trustDomain, err)
+		return nil, fmt.Errorf("--trust-domain %q: %w\n  hint: a name such as mantlet.local, of lower-case letters, digits, dots, dashes and underscores", in.trustDomain, err)
 	}
 	mode, err := verdict.ParseMode(in.mtls)
 	if err != nil {
-		return nil, fmt.Errorf("--mtls: %w", err)
+		return nil, fmt.Errorf("--mtls: %w\n  hint: permissive accepts plaintext from pods without sidecar, strict does not", err)
 	}
 	w := &world{}
 	for _, s := range in.ports {
 		p, err := matrix.ParsePort(s)
 		if err != nil {
-			return nil, fmt.Errorf("--%w", err)
+			return nil, fmt.Errorf("--%w\n  hint: for example --port 80/TCP", err)
 		}
 		if p.Protocol != verdict.TCP {
 			return nil, fmt.Errorf("--port %s: only TCP can be tried; UDP and SCTP are not enforced yet", s)

@@ -32,6 +32,19 @@ type sandboxOptions struct {
 	watch, verbose bool
 }
 
+// check refuses what cannot go together before anything is started.
+func (o sandboxOptions) check(in *input, args []string) error {
+	switch {
+	case !o.watch:
+		return nil
+	case in.output != "table":
+		return fmt.Errorf("--watch reports to people and not as %s\n  hint: leave out -o", in.output)
+	case slices.Contains(in.files, "-") || slices.Contains(args, "-"):
+		return errors.New("standard input cannot be watched\n  hint: name a folder or file with -f")
+	}
+	return nil
+}
+
 func newSandbox() *cobra.Command {
 	var in input
 	var opts sandboxOptions
@@ -44,6 +57,9 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 		Example: "  mantlet sandbox -f examples/shop\n  mantlet sandbox -f manifests/ --external 203.0.113.0/24:443 -o json",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !netns.Inside() {
+				if err := opts.check(&in, args); err != nil {
+					return err
+				}
 				return outside(&in, args)
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)

@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -22,9 +21,6 @@ import (
 // watch applies the edits of the manifests to the running sandbox until it is interrupted, and says for each what changed in
 // connectivity and how long it took. It returns how many connections differed from what the evaluator says.
 func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandbox, w *world) (mismatches int, err error) {
-	if slices.Contains(in.files, "-") {
-		return 0, fmt.Errorf("standard input cannot be watched\nhint: name a folder or file with -f")
-	}
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return 0, fmt.Errorf("watch the manifests: %w", err)

@@ -81,15 +81,15 @@ func ParseExternal(s string) (External, error) {
 		}
 		cidr, e.Port = s[:i], port.Number
 	}
-	if a, err := netip.ParseAddr(cidr); err == nil {
+	if a, err := netip.ParseAddr(cidr); err == nil && a.Zone() == "" {
 		e.Prefix = netip.PrefixFrom(a, a.BitLen())
-		return e, nil
-	}
-	p, err := netip.ParsePrefix(cidr)
-	if err != nil {
+	} else if e.Prefix, err = netip.ParsePrefix(cidr); err != nil {
 		return External{}, fmt.Errorf("external %q: want CIDR or CIDR:PORT, for example 203.0.113.0/24:443", s)
 	}
-	e.Prefix = p.Masked()
+	e.Prefix = e.Prefix.Masked()
+	if a := e.Host(); !a.IsGlobalUnicast() || a.Is4In6() {
+		return External{}, fmt.Errorf("external %q: %s is no address of a host outside: want a range of unicast addresses", s, a)
+	}
 	return e, nil
 }
 
@@ -209,7 +209,10 @@ func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
 			}
 		}
 	}
-	for _, e := range o.External {
+	for i, e := range o.External {
+		if slices.Contains(o.External[:i], e) {
+			return nil, fmt.Errorf("external %s:%d is given twice", e.Prefix, e.Port)
+		}
 		for _, n := range slices.Concat(m.PodNetwork, m.ServiceNetwork) {
 			if n.Overlaps(e.Prefix) {
 				return nil, fmt.Errorf("external %s overlaps the cluster's own network %s: it would not be outside", e.Prefix, n)

@@ -28,7 +28,8 @@ func TestParseExternal(t *testing.T) {
 			t.Errorf("ParseExternal(%q) = %v, %v; want %v", in, got, err, want)
 		}
 	}
-	for _, in := range []string{"", "x", "203.0.113.0/33", "203.0.113.0/24:0", "203.0.113.0/24:x", "[2001:db8::/64]443", "[2001:db8::/64", "203.0.113.0/24:53/UDP", "a:b"} {
+	for _, in := range []string{"", "x", "203.0.113.0/33", "203.0.113.0/24:0", "203.0.113.0/24:x", "[2001:db8::/64]443", "[2001:db8::/64", "203.0.113.0/24:53/UDP", "a:b",
+		"127.0.0.0/8", "0.0.0.0", "224.0.0.1", "169.254.1.1", "fe80::1%eth0", "fe80::/10", "::ffff:203.0.113.5", "::1", "255.255.255.255"} {
 		if got, err := ParseExternal(in); err == nil {
 			t.Errorf("ParseExternal(%q) = %v", in, got)
 		}
