@@ -34,7 +34,9 @@ type Config struct {
 }
 
 // AgentSocket is the path of the socket for Envoy in a run directory.
-func AgentSocket(runDir string) string { return filepath.Join(runDir, "agent.sock") }
+func AgentSocket(runDir string) string { //nolint:revive // which of the sockets, not which package
+	return filepath.Join(runDir, "agent.sock")
+}
 
 // StatusSocket is the path of the socket for probes in a run directory.
 func StatusSocket(runDir string) string { return filepath.Join(runDir, "status.sock") }

@@ -2,6 +2,7 @@ package xds
 
 import (
 	"net/netip"
+	"strconv"
 	"time"
 
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
@@ -52,8 +53,8 @@ func Inbound(node []netip.Addr) *listenerv3.Listener {
 	transport := exact(extension("transport", &networkv3.TransportProtocolInput{}),
 		map[string]*matcherv3.Matcher_OnMatch{"tls": then(alpn)}, toPlainOrNode)
 	capture := exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{
-		"15001": chain(names.ChainBlackhole),
-		"15006": chain(names.ChainBlackhole),
+		strconv.Itoa(names.OutboundPort): chain(names.ChainBlackhole),
+		strconv.Itoa(names.InboundPort):  chain(names.ChainBlackhole),
 	}, then(transport))
 
 	l := capturing(names.Inbound, names.InboundPort)
@@ -96,7 +97,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	l.AccessLog = accessLog(names.LogOutbound)
 	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
 	// and again, for ever. The price: port 15001 of the outside cannot be reached.
-	l.FilterChainMatcher = exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{"15001": chain(names.ChainBlackhole)},
+	l.FilterChainMatcher = exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{strconv.Itoa(names.OutboundPort): chain(names.ChainBlackhole)},
 		then(trie(destinationIP(), routes, r.table(&v.Egress))))
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
@@ -217,7 +218,7 @@ func onDemand() *listenerv3.Filter {
 	})
 }
 
-// tlsParams are the same at both ends.
+// commonTLS is the same at both ends.
 func commonTLS() *tlsv3.CommonTlsContext {
 	return &tlsv3.CommonTlsContext{
 		AlpnProtocols: []string{names.ALPN},

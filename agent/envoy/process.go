@@ -157,7 +157,7 @@ func (p *Process) start() (*running, error) {
 			started <- fmt.Errorf("start envoy: %w", err)
 			return
 		}
-		r.cmd = exec.Command(p.cfg.Path, p.arguments()...)
+		r.cmd = exec.Command(p.cfg.Path, p.arguments()...) //nolint:noctx // Run ends it: first it drains
 		r.cmd.SysProcAttr = attr
 		r.cmd.Env = []string{}
 		r.cmd.Dir = p.cfg.Dir

@@ -37,7 +37,7 @@ func onlyEnvoy(dir string) int {
 	p, err := New(Config{
 		Path: os.Getenv("MANTLET_ENVOY"), Dir: dir, Pod: "shop/web-0", AgentSocket: filepath.Join(dir, "none.sock"), Concurrency: 1,
 		Privilege: SharedUser, Output: io.Discard, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
-		Started: func(pid int) { fmt.Println(pid) }, Exited: func() {},
+		Started: func(pid int) { fmt.Fprintln(os.Stdout, pid) }, Exited: func() {},
 	})
 	if err == nil {
 		err = p.Run(context.Background())

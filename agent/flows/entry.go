@@ -15,7 +15,7 @@ import (
 // recordOf translates one entry of the log with the given name. The second result is false for an entry that is not a record.
 func recordOf(log, self string, e *accesslogv3.TCPAccessLogEntry) (Record, bool) {
 	c := e.GetCommonProperties()
-	if c.GetIntermediateLogEntry() { // of a connection that is still open; its end will be logged
+	if c.GetIntermediateLogEntry() { //nolint:staticcheck // of a connection that is still open; its end will be logged
 		return Record{}, false
 	}
 	r := Record{

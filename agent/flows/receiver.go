@@ -3,6 +3,7 @@ package flows
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -88,7 +89,7 @@ func (r *Receiver) StreamAccessLogs(stream servicev3.AccessLogService_StreamAcce
 	log := ""
 	for {
 		m, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return stream.SendAndClose(&servicev3.StreamAccessLogsResponse{})
 		}
 		if err != nil {

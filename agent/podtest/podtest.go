@@ -45,7 +45,7 @@ func Main(m *testing.M) int {
 		}
 		return m.Run()
 	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...) //nolint:noctx // it lives as long as this process
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -152,7 +152,7 @@ func (o *Outside) Listen(t testing.TB, address string) net.Listener {
 	t.Helper()
 	var l net.Listener
 	var err error
-	o.Do(func() { l, err = net.Listen("tcp", address) })
+	o.Do(func() { l, err = net.Listen("tcp", address) }) //nolint:noctx // a test's listener
 	if err != nil {
 		t.Fatalf("podtest: listen outside: %v", err)
 	}

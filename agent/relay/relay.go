@@ -225,7 +225,7 @@ func (r *Relay) requests(s *session, up grpc.ClientStream, down grpc.ServerStrea
 		}
 		s.request(req)
 		if err := up.SendMsg(f); err != nil {
-			return nil
+			return nil //nolint:nilerr // responses learns from the same stream how it ended
 		}
 	}
 }

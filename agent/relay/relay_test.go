@@ -282,7 +282,7 @@ func TestWaitsForTheIdentityAndTheControlPlane(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("trouble: %q", b.relay.Trouble())
 		}
-		time.Sleep(time.Millisecond)
+		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event for a text that changes
 	}
 	b.down.Store(false)
 	b.upstream() // Envoy's stream was kept waiting
@@ -322,7 +322,7 @@ func TestNothingIsQueued(t *testing.T) {
 	}()
 	for last := int64(-1); last != sent.Load(); { // until it stands still
 		last = sent.Load()
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(300 * time.Millisecond) //nolint:forbidigo // that nothing happens can only be waited for
 	}
 	if n := sent.Load(); n > 100 {
 		t.Errorf("%d messages of %d KiB went out unread", n, size>>10)

@@ -25,7 +25,7 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 	if err != nil {
 		return 0, fmt.Errorf("watch the manifests: %w", err)
 	}
-	defer watcher.Close()
+	defer func() { _ = watcher.Close() }() // it was only read
 	if err := watchAll(watcher, in.files); err != nil {
 		return 0, err
 	}

@@ -61,7 +61,7 @@ var configurations = []struct {
 
 func TestCheck(t *testing.T) {
 	for _, c := range configurations {
-		err := error(nil)
+		var err error
 		if c.chain != nil {
 			err = CheckListener(asListener("/x", 0, c.chain))
 		} else {

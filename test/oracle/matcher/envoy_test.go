@@ -11,6 +11,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/binary"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -141,7 +142,7 @@ func start(t *testing.T, dir string, listeners []*listenerv3.Listener) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", admin)
 	}}}
 	deadline := time.Now().Add(60 * time.Second)
-	for ; ; time.Sleep(20 * time.Millisecond) {
+	for ; ; time.Sleep(20 * time.Millisecond) { //nolint:forbidigo // another process's readiness
 		if resp, err := client.Get("http://envoy/ready"); err == nil {
 			body, _ := io.ReadAll(resp.Body)
 			resp.Body.Close()
@@ -204,7 +205,7 @@ func chosen(t *testing.T, l *listenerv3.Listener, c Connection) string {
 	// Envoy may have answered and hung up before it reads this: then the answer is there all the same.
 	_, _ = conn.Write(first)
 	answer, err := io.ReadAll(conn)
-	if err, ok := err.(net.Error); ok && err.Timeout() {
+	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		t.Fatalf("listener %s: envoy neither answers nor hangs up", l.GetName())
 	}
 	return string(answer)
@@ -240,7 +241,7 @@ func admitted(t *testing.T, l *listenerv3.Listener, c Connection, pki *pki) bool
 	}
 	answer := make([]byte, 1)
 	_, err := io.ReadFull(conn, answer)
-	if err, ok := err.(net.Error); ok && err.Timeout() {
+	if timeout := net.Error(nil); errors.As(err, &timeout) && timeout.Timeout() {
 		t.Fatalf("listener %s: envoy neither answers nor hangs up", l.GetName())
 	}
 	return err == nil
