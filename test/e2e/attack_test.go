@@ -28,6 +28,7 @@ func TestAttacks(t *testing.T) {
 	s := besiege(t)
 	t.Run("banner", func(t *testing.T) { banners(t, s) })
 	t.Run("certificates", func(t *testing.T) { certificates(t, s) })
+	t.Run("members", func(t *testing.T) { members(t, s) })
 	t.Run("resumption", func(t *testing.T) { resumption(t, s) })
 	t.Run("like TLS", func(t *testing.T) { likeTLS(t, s) })
 	t.Run("capture ports", func(t *testing.T) { capturePorts(t, s) })
@@ -164,6 +165,44 @@ func certificates(t *testing.T, s *sandbox.Sandbox) {
 					}
 				})
 			})
+		}
+	})
+}
+
+// members: a strict workload that no policy isolates admits whoever proves who they are, and nobody else.
+func members(t *testing.T, s *sandbox.Sandbox) {
+	id, root := identityOf(t, s, "shop/evil"), stolen(t, s.Authority())
+	other, err := ca.New(ca.Config{TrustDomain: trustDomain})
+	if err != nil {
+		t.Fatal(err)
+	}
+	club := pod(t, s, "members/club")
+	eachFamily(t, club, func(t *testing.T, a netip.Addr) {
+		to := netip.AddrPortFrom(a, echo)
+		wantReached(t, probe(t, pod(t, s, "shop/evil"), a, echo), "members/club")
+		before := accepted(t, club, echo)
+		for name, c := range map[string]*tls.Config{
+			"no certificate":    meshTLS(),
+			"another authority": meshTLS(genuine(t, other, id)),
+			"expired":           meshTLS(root.forge(t, id, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })),
+			"no identity":       meshTLS(root.forge(t, id, func(c *x509.Certificate) { c.URIs, c.DNSNames = nil, []string{"evil.shop.svc"} })),
+			"an app's own":      meshTLS(selfSigned(t)),
+		} {
+			if n := steal(t, pod(t, s, "shop/evil"), to, c, "hello\n"); n != 0 {
+				t.Errorf("%s: %d bytes", name, n)
+			}
+		}
+		for _, name := range []string{"legacy/plain", "legacy/stranger"} {
+			wantNothing(t, probe(t, pod(t, s, name), a, echo))
+		}
+		if conn, err := past(t, pod(t, s, "shop/evil"), to); err == nil {
+			if n := loot(t, conn, "hello\n"); n != 0 {
+				t.Errorf("plaintext: %d bytes", n)
+			}
+		}
+		wantReached(t, probe(t, pod(t, s, "shop/evil"), a, echo), "members/club")
+		if got := accepted(t, club, echo); got != before+1 {
+			t.Errorf("the app accepted %d connections during the attack", got-before-1)
 		}
 	})
 }

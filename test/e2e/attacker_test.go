@@ -31,13 +31,21 @@ import (
 )
 
 // besieged is a small cluster under attack. db admits api, caged and the plain pod without sidecar; caged may not go there by its own
-// egress policy; vaults are strict and isolated from everybody.
+// egress policy; vaults are strict and
+// isolated from everybody; no policy isolates club, which is strict.
 const besieged = `
 {apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {mantlet.dev/inject: enabled}}}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: legacy}}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: strict, labels: {mantlet.dev/inject: enabled, mantlet.dev/mtls: strict}}}
+---
+{apiVersion: v1, kind: Namespace, metadata: {name: members, labels: {mantlet.dev/inject: enabled, mantlet.dev/mtls: strict}}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: club, namespace: members, labels: {app: club}}
+spec: {containers: [{name: c, image: i, ports: [{containerPort: 8080}]}]}
 ---
 apiVersion: v1
 kind: Pod

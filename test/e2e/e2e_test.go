@@ -39,7 +39,7 @@ var buildAgent = sync.OnceValues(func() (string, error) {
 })
 
 // binaries finds the programs that run in pods.
-func binaries(t *testing.T) sandbox.Binaries {
+func binaries(t testing.TB) sandbox.Binaries {
 	t.Helper()
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -60,7 +60,7 @@ func binaries(t *testing.T) sandbox.Binaries {
 }
 
 // start runs manifests until the test ends.
-func start(t *testing.T, m *source.Manifests, o matrix.Options) *sandbox.Sandbox {
+func start(t testing.TB, m *source.Manifests, o matrix.Options) *sandbox.Sandbox {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background()) // the agents live as long as this; each is given its own time to become ready
 	t.Cleanup(cancel)
