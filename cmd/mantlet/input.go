@@ -17,6 +17,7 @@ import (
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
 )
 
 // input holds the flags that simulate and sandbox share, and what they mean.
@@ -87,12 +88,18 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		if p.Protocol != verdict.TCP {
 			return nil, fmt.Errorf("--port %s: only TCP can be tried; UDP and SCTP are not enforced yet", s)
 		}
+		if captured(p.Number) {
+			return nil, fmt.Errorf("--port %s: this is where sidecars capture connections\n  hint: try another port", s)
+		}
 		w.options.Ports = append(w.options.Ports, p)
 	}
 	for _, s := range in.externals {
 		e, err := matrix.ParseExternal(s)
 		if err != nil {
 			return nil, fmt.Errorf("--%w", err)
+		}
+		if captured(e.Port) {
+			return nil, fmt.Errorf("--external %s: port %d is where sidecars capture connections\n  hint: try another port", s, e.Port)
 		}
 		w.options.External = append(w.options.External, e)
 	}
@@ -111,6 +118,9 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 	w.attempts, err = matrix.Plan(w.manifests, w.options)
 	return w, err
 }
+
+// captured reports whether a port is one of the sidecar's own: a pod cannot use it.
+func captured(port uint16) bool { return port == names.InboundPort || port == names.OutboundPort }
 
 func (in *input) scope() source.InjectScope {
 	if in.injectAll {

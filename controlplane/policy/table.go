@@ -283,15 +283,15 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 	}
 	p.Identified = prefixes(identified, -1)
 
-	p.Anonymous = d.anonymousAt(proto, port, prefixes(without(region(active(d.anonymous, proto, port)), d.closed), -1), decide)
+	p.Anonymous = d.addKnown(prefixes(without(region(active(d.anonymous, proto, port)), d.closed), -1), decide)
 	sortPrefixes(p.Identified)
 	sortPrefixes(p.Anonymous)
 	return p
 }
 
-// anonymousAt adds the pods without identity that are known by address to what areas admit. One of them goes before whatever the areas
+// addKnown adds the pods without identity that are known by address to what areas admit. One of them goes before whatever the areas
 // say of its very address; that lies in a closed network, so that a known pod which no rule admits at this port needs no entry.
-func (d *draft) anonymousAt(proto verdict.Protocol, port uint16, areas []verdict.Prefix, decide func(*cell, int, bool) outcome) []verdict.Prefix {
+func (d *draft) addKnown(areas []verdict.Prefix, decide func(*cell, int, bool) outcome) []verdict.Prefix {
 	own := map[netip.Prefix]bool{}
 	var out []verdict.Prefix
 	for i := range d.known {

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -71,8 +72,9 @@ func TestClosedWithoutEnvoy(t *testing.T) {
 		}
 	}
 	resume()
-	client := &http.Client{Timeout: 2 * patience, Transport: &http.Transport{DisableKeepAlives: true, Dial: func(_, _ string) (net.Conn, error) {
-		return net.Dial("unix", filepath.Join(sc.runDir, "status.sock"))
+	client := &http.Client{Timeout: 2 * patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(sc.runDir, "status.sock"))
 	}}}
 	await(t, "the agent to notice", func() bool { return sidecarOf(t, "shop/db").envoy != sc.envoy })
 	resp, err := client.Get("http://agent/ready?wait=20s")

@@ -28,7 +28,11 @@ var trustDomain = spiffeid.RequireTrustDomainFromString("mantlet.local")
 
 // buildAgent builds the agent with the race detector, once: it is tested too.
 var buildAgent = sync.OnceValues(func() (string, error) {
-	agent := filepath.Join(os.TempDir(), fmt.Sprintf("mantlet-agent-%d", os.Getpid()))
+	enclosure, err := netns.Enclosed()
+	if err != nil {
+		return "", err
+	}
+	agent := filepath.Join(enclosure.RunDir, "mantlet-agent") // goes away with the enclosure
 	build := exec.Command("go", "build", "-race", "-o", agent, "./cmd/mantlet-agent")
 	build.Dir = filepath.Join("..", "..")
 	out, err := build.CombinedOutput()
