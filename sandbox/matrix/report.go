@@ -128,6 +128,7 @@ const (
 	cellPlain    = "○"
 	cellDenied   = "×"
 	cellMismatch = "!"
+	cellSelf     = "·"
 	cellNone     = " "
 )
 
@@ -180,7 +181,8 @@ func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
 		}
 		b.WriteByte('\n')
 	}
-	fmt.Fprintf(b, "\n%s allowed, mTLS-authenticated   %s allowed, not authenticated   %s denied", p.paint("32", cellMTLS), p.paint("33", cellPlain), p.paint("31", cellDenied))
+	fmt.Fprintf(b, "\n%s allowed, mTLS-authenticated   %s allowed, not authenticated   %s denied   %s itself",
+		p.paint("32", cellMTLS), p.paint("33", cellPlain), p.paint("31", cellDenied), p.paint("2", cellSelf))
 	if r.Summary.Mismatches > 0 {
 		fmt.Fprintf(b, "   %s packets and evaluator differ", p.paint("35;1", cellMismatch))
 	}
@@ -201,6 +203,8 @@ func cell(cs []*Connection) (symbol, colour string) {
 		return "½", "33" // one family only
 	case cs[0].Verdict == Denied:
 		return cellDenied, "31"
+	case cs[0].Via == ViaPod && cs[0].From == cs[0].To:
+		return cellSelf, "2" // never leaves the pod: nobody has to prove anything
 	case slices.ContainsFunc(cs, func(c *Connection) bool { return !c.Authenticated }):
 		return cellPlain, "33"
 	}
