@@ -15,7 +15,9 @@ import (
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/identity/attest"
 	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds"
+	"github.com/mantlet/mantlet/xds/names"
 	"github.com/mantlet/mantlet/xds/server"
 )
 
@@ -47,6 +49,7 @@ type ControlPlane struct {
 type rendered struct {
 	hash       string
 	gate, rbac *server.Resource
+	verdicts   *server.Resource      // for the agent
 	sets       map[string]server.Set // by node addresses
 }
 
@@ -253,6 +256,9 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 		if r.rbac, err = resource(xds.RBAC(v)); err != nil {
 			return server.Set{}, err
 		}
+		if r.verdicts, err = server.NewResource(names.Verdicts, wire.Message(v)); err != nil {
+			return server.Set{}, err
+		}
 		cp.rendered[p.Subject.Key] = r
 	}
 	node := fmt.Sprint(p.NodeIPs)
@@ -267,7 +273,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, inbound, outbound)...)
+	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, r.verdicts, inbound, outbound)...)
 	if err != nil {
 		return server.Set{}, err
 	}

@@ -55,6 +55,12 @@ const (
 // RBAC is the ECDS resource of the network RBAC filter in the mTLS chain.
 const RBAC = "rbac"
 
+// Verdicts, of type TypeVerdicts (message Verdicts in api/mantlet/v1), are what a pod's agent decides by. No Envoy ever sees them.
+const (
+	Verdicts     = "verdicts"
+	TypeVerdicts = "type.googleapis.com/mantlet.v1.Verdicts"
+)
+
 // SDS secrets, served by the agent.
 const (
 	SecretWorkload = "workload" // the pod's X.509-SVID and key
