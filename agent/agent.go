@@ -17,6 +17,7 @@ import (
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/agent/sds"
+	"github.com/mantlet/mantlet/agent/verdicts"
 	"github.com/mantlet/mantlet/identity/svid"
 	"github.com/mantlet/mantlet/xds/names"
 )
@@ -54,6 +55,7 @@ type agent struct {
 	source    *svid.Builtin
 	upstream  *grpc.ClientConn
 	relay     *relay.Relay
+	verdicts  *verdicts.Holder
 	sds       *sds.Server
 	flows     *flows.Receiver
 	peer      *peer
@@ -103,6 +105,8 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 		return nil, err
 	}
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
+	a.verdicts = verdicts.New()
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.verdicts.Apply})
 	a.sds = sds.New(a.source, cfg.Logger)
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
 	a.peer = newPeer(uid)
@@ -118,7 +122,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
+	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
 	return a, nil
 }
 

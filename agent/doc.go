@@ -4,7 +4,7 @@
 //	2 agent.sock: relay (ADS), sds, flows            control plane
 //	3 svid: key, CSR ───────────────────────────────────►│
 //	4 envoy: started ──agent.sock──► relay ──mTLS────────►│
-//	5 ready: 1 still in place, SVID valid, policy ACKed, capture ports listened on by Envoy
+//	5 ready: 1 still in place, SVID valid, verdicts held, policy ACKed, capture ports listened on by Envoy
 //
 //	SIGTERM: not ready, Envoy drains and ends, then everything else. The redirect stays: a pod without its sidecar is closed.
 //

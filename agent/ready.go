@@ -16,6 +16,10 @@ type readiness struct {
 	redirect interface{ Check() error }
 	source   svid.Source
 	ledger   ledger
+	verdicts interface { // *verdicts.Holder is one
+		Missing() string
+		Changed() <-chan struct{}
+	}
 	trouble  func() string // why the control plane gives no configuration, or ""
 	envoy    *peer
 	stopping <-chan struct{}
@@ -31,12 +35,12 @@ type ledger interface {
 type state struct {
 	missing []string // in the order in which it comes, in words for a person; empty: ready
 	quiet   bool     // what is missing tells of no event when it comes
-	changed [3]<-chan struct{}
+	changed [4]<-chan struct{}
 }
 
 func (r *readiness) state() state {
 	pid, envoyChanged := r.envoy.get()
-	s := state{changed: [3]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged}}
+	s := state{changed: [4]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed()}}
 	select {
 	case <-r.stopping:
 		s.missing = []string{"the agent is stopping"}
@@ -49,6 +53,9 @@ func (r *readiness) state() state {
 	}
 	if _, err := r.source.GetX509SVID(); err != nil {
 		s.missing = append(s.missing, err.Error())
+	}
+	if why := r.verdicts.Missing(); why != "" {
+		s.missing = append(s.missing, why)
 	}
 	if pid == 0 {
 		s.missing = append(s.missing, "envoy is not running")
@@ -97,6 +104,7 @@ func (r *readiness) wait(ctx context.Context) []string {
 		case <-s.changed[0]:
 		case <-s.changed[1]:
 		case <-s.changed[2]:
+		case <-s.changed[3]:
 		case <-tick:
 		}
 	}
@@ -123,6 +131,7 @@ func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Log
 			case <-s.changed[0]:
 			case <-s.changed[1]:
 			case <-s.changed[2]:
+			case <-s.changed[3]:
 			}
 		}
 	}

@@ -24,7 +24,13 @@ type parts struct {
 	redirect, svid error
 	missing        map[string][]string // type URL →
 	changed        chan struct{}
+	verdicts       string
 }
+
+// noVerdicts is what readiness asks of verdicts, beside the Missing of the ledger.
+type noVerdicts struct{ *parts }
+
+func (n noVerdicts) Missing() string { return n.verdicts }
 
 func (p *parts) Check() error { return p.redirect }
 
@@ -64,6 +70,7 @@ func TestMissing(t *testing.T) {
 		{"nothing", func(*readiness, *parts) {}, ""},
 		{"redirect", func(_ *readiness, p *parts) { p.redirect = errors.New("table gone") }, "table gone"},
 		{"identity", func(_ *readiness, p *parts) { p.svid = errors.New("expired") }, "expired"},
+		{"verdicts", func(_ *readiness, p *parts) { p.verdicts = "none have come" }, "none have come"},
 		{"envoy", func(r *readiness, _ *parts) { r.envoy.set(0) }, "envoy is not running"},
 		{"listener", func(_ *readiness, p *parts) { p.missing[relay.TypeListener] = []string{"gate"} }, "envoy has not accepted: gate (no control plane)"},
 		{"rbac", func(_ *readiness, p *parts) { p.missing[relay.TypeExtension] = []string{"rbac"} }, "envoy has not accepted: rbac"},
@@ -72,7 +79,7 @@ func TestMissing(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
-			r := &readiness{redirect: p, source: p, ledger: p, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
+			r := &readiness{redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
 			tt.change(r, p)
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()

@@ -29,6 +29,7 @@ type Relay struct {
 	ready    <-chan struct{}
 	logger   *slog.Logger
 	ledger   *Ledger
+	own      *own // nil: all is for Envoy
 
 	closed context.Context // ended by Close
 	close  context.CancelFunc
@@ -92,6 +93,9 @@ func (r *Relay) carry(down grpc.ServerStream) error {
 	}
 	defer func() { <-r.turn }()
 	session := r.ledger.stream()
+	if r.own != nil {
+		r.own.begin(session)
+	}
 
 	up, err := r.open(ctx)
 	if err != nil {
@@ -192,8 +196,9 @@ func (r *Relay) pause(ctx context.Context) error {
 func (r *Relay) pump(ctx context.Context, cancel context.CancelFunc, s *session, up grpc.ClientStream, down grpc.ServerStream) error {
 	defer cancel() // ends the control plane's side; Envoy's ends when the handler returns, and with it what is blocked there
 	fromEnvoy, fromUpstream := make(chan error, 1), make(chan error, 1)
-	r.wg.Go(func() { fromEnvoy <- r.requests(s, up, down) })
-	r.wg.Go(func() { fromUpstream <- r.responses(s, up, down) })
+	to := &requester{up: up}
+	r.wg.Go(func() { fromEnvoy <- r.requests(s, to, down) })
+	r.wg.Go(func() { fromUpstream <- r.responses(s, up, to, down) })
 	for {
 		select {
 		case err := <-fromEnvoy:
@@ -212,8 +217,10 @@ func (r *Relay) pump(ctx context.Context, cancel context.CancelFunc, s *session,
 	}
 }
 
-// requests carries what Envoy asks. It returns nil where the control plane's stream has ended.
-func (r *Relay) requests(s *session, up grpc.ClientStream, down grpc.ServerStream) error {
+// requests carries what Envoy asks, and after its first request, which says whose stream it is, what the agent asks. It returns nil
+// where the control plane's stream has ended.
+func (r *Relay) requests(s *session, to *requester, down grpc.ServerStream) error {
+	asked := r.own == nil
 	for {
 		f := new(frame)
 		if err := down.RecvMsg(f); err != nil {
@@ -224,14 +231,19 @@ func (r *Relay) requests(s *session, up grpc.ClientStream, down grpc.ServerStrea
 			return err
 		}
 		s.request(req)
-		if err := up.SendMsg(f); err != nil {
+		err = to.send(f.bytes)
+		if err == nil && !asked {
+			asked = true
+			err = to.send(r.own.subscription())
+		}
+		if err != nil {
 			return nil //nolint:nilerr // responses learns from the same stream how it ended
 		}
 	}
 }
 
-// responses carries what the control plane answers.
-func (r *Relay) responses(s *session, up grpc.ClientStream, down grpc.ServerStream) error {
+// responses carries what the control plane answers, and takes out what is for the agent.
+func (r *Relay) responses(s *session, up grpc.ClientStream, to *requester, down grpc.ServerStream) error {
 	for {
 		f := new(frame)
 		if err := up.RecvMsg(f); err != nil {
@@ -240,6 +252,16 @@ func (r *Relay) responses(s *session, up grpc.ClientStream, down grpc.ServerStre
 		resp, err := parseResponse(f.bytes)
 		if err != nil {
 			return err
+		}
+		if r.own != nil && resp.typeURL == r.own.TypeURL {
+			if resp.nonce == "" {
+				return errNoNonce
+			}
+			r.answered()
+			if answer := r.own.take(s, resp, f.bytes); answer != nil {
+				_ = to.send(answer) // where the stream has ended, the next RecvMsg says how
+			}
+			continue
 		}
 		if err := s.response(resp); err != nil {
 			return err

@@ -17,10 +17,12 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds"
 	"github.com/mantlet/mantlet/xds/names"
 	"github.com/mantlet/mantlet/xds/server"
@@ -30,6 +32,7 @@ import (
 type published struct {
 	inbound, gate, outbound *listenerv3.Listener
 	rbac                    *corev3.TypedExtensionConfig
+	verdicts                *mantletv1.Verdicts
 }
 
 // publishedFor makes what the control plane made for a pod.
@@ -46,7 +49,7 @@ func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	v := index.Verdicts(p.Subject.Key)
 	var cluster []netip.Prefix
 	cluster = append(append(cluster, m.PodNetwork...), m.ServiceNetwork...)
-	return published{xds.Inbound(p.NodeIPs), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v)}
+	return published{xds.Inbound(p.NodeIPs), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v)}
 }
 
 // set makes the set to publish.
@@ -67,6 +70,7 @@ func (p published) set(t *testing.T) server.Set {
 		add(l.Name, l)
 	}
 	add(p.rbac.Name, p.rbac)
+	add(names.Verdicts, p.verdicts)
 	set, err := server.NewSet(all...)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
+	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// The agent's verdicts come beside what Envoy gets: confirmed, refused and confirmed again, and no Envoy ever hears of them.
+func TestVerdicts(t *testing.T) {
+	w := newWorld(t)
+	w.startPlane()
+	w.startAgent()
+	w.ready()
+	const pod = server.Client("shop/db")
+	ledger := w.cp.Server().Ledger()
+	verdicts := func() server.ResourceStatus {
+		t.Helper()
+		st, ok := ledger.Status(pod)
+		if !ok {
+			t.Fatal("the ledger does not know the pod")
+		}
+		for _, r := range st.Resources {
+			if r.Type == names.TypeVerdicts && r.Name == names.Verdicts {
+				return r
+			}
+		}
+		t.Fatalf("no verdicts in %+v", st.Resources)
+		return server.ResourceStatus{}
+	}
+	if err := ledger.Wait(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	first := verdicts()
+	if !first.InForce || first.Acked == "" {
+		t.Fatalf("ready, with verdicts %+v", first)
+	}
+	if err := w.cp.Apply(objects(8080, 8082).NetworkPolicies[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := ledger.Wait(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	second := verdicts()
+	if !second.InForce || second.Acked == first.Acked {
+		t.Fatalf("after a change: %+v, then %+v", first, second)
+	}
+
+	r, err := server.NewResource(names.Verdicts, &mantletv1.Verdicts{Subject: "spiffe://td.example/x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unreadable, err := server.NewSet(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.cp.Server().Publish(pod, unreadable)
+	var refused *server.RefusedError
+	if err := ledger.Wait(t.Context(), pod); !errors.As(err, &refused) || refused.Type != names.TypeVerdicts || !strings.Contains(refused.Refusal.Reason, "mode 0 is not known") {
+		t.Fatalf("verdicts that cannot be read: %v", err)
+	}
+	if is := verdicts(); is.Acked != second.Acked {
+		t.Errorf("refused, and the one before is not held any more: %+v", is)
+	}
+
+	if err := w.cp.Apply(objects(8080).NetworkPolicies[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := ledger.Wait(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	if is := verdicts(); !is.InForce || is.Acked != first.Acked {
+		t.Errorf("the first policy again: %+v, was %+v", is, first)
+	}
+	w.ready()
+	w.stopAgent()
+	if text, _ := w.log.read(); strings.Contains(text, "relay: envoy refused") {
+		t.Error("envoy was sent something that it does not know")
+	}
+}
