@@ -77,6 +77,21 @@ func TestVerdicts(t *testing.T) {
 		t.Errorf("the first policy again: %+v, was %+v", is, first)
 	}
 	w.ready()
+
+	// A control plane that comes back is told what is held, and sends it to nobody again.
+	w.stopPlane()
+	w.startPlane()
+	ledger = w.cp.Server().Ledger()
+	if err := ledger.Wait(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	if is := verdicts(); !is.InForce || is.Acked != first.Acked {
+		t.Errorf("at the next control plane: %+v, was %+v", is, first)
+	}
+	if n := ledger.Totals()[names.TypeVerdicts]; n.Resources != 0 {
+		t.Errorf("sent again: %+v", n)
+	}
+	w.ready()
 	w.stopAgent()
 	if text, _ := w.log.read(); strings.Contains(text, "relay: envoy refused") {
 		t.Error("envoy was sent something that it does not know")
