@@ -4,10 +4,17 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/test/oracle"
+	"github.com/mantlet/mantlet/test/oracle/nftrules"
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -88,4 +95,238 @@ func TestPacketsAgreeWithOracle(t *testing.T) {
 		small := oracle.Shrink(w, func(w oracle.World) bool { return check(w) != nil })
 		t.Fatalf("world %d: %v\n%s", *seed+uint64(i), check(small), small.YAML())
 	}
+}
+
+// byRules judges by the rules that the kernel would get.
+type byRules map[string]*guardedPod
+
+type guardedPod struct {
+	packets verdict.Packets
+	rules   *packet.Ruleset
+}
+
+const proxyMark = 0x6d74
+
+func rulesOf(v byValue) (byRules, error) {
+	out := byRules{}
+	for pod, p := range v {
+		rules, err := packet.Emit(&p, proxyMark)
+		if err != nil {
+			return nil, fmt.Errorf("pod %s: %w", pod, err)
+		}
+		out[pod] = &guardedPod{p, rules}
+	}
+	return out, nil
+}
+
+var ipProtocol = map[verdict.Protocol]byte{verdict.TCP: unix.IPPROTO_TCP, verdict.UDP: unix.IPPROTO_UDP, verdict.SCTP: unix.IPPROTO_SCTP}
+
+func (r byRules) ingress(pod string, proto verdict.Protocol, port uint16, from netip.Addr) bool {
+	return r[pod].arrives(nftrules.Packet{Protocol: ipProtocol[proto], Source: from, Port: port, State: expr.CtStateBitNEW})
+}
+
+func (r byRules) egress(pod string, proto verdict.Protocol, port uint16, to netip.Addr) bool {
+	return r[pod].leaves(nftrules.Packet{Protocol: ipProtocol[proto], Dest: to, Port: port, State: expr.CtStateBitNEW})
+}
+
+// own is the pod's address of a family.
+func (g *guardedPod) own(peer netip.Addr) netip.Addr {
+	for _, a := range g.packets.Self {
+		if a.Is4() == peer.Is4() {
+			return a
+		}
+	}
+	return peer // it has none: any will do
+}
+
+// arrives judges a packet that comes in: by lo where the pod itself has sent it.
+func (g *guardedPod) arrives(p nftrules.Packet) bool {
+	p.Dest, p.In = g.own(p.Source), "eth0"
+	if slices.Contains(g.packets.Self, p.Source) {
+		p.In = "lo"
+	}
+	return judge(g.rules, nftables.ChainHookPrerouting, p)
+}
+
+func (g *guardedPod) leaves(p nftrules.Packet) bool {
+	p.Source, p.Out = g.own(p.Dest), "eth0"
+	return judge(g.rules, nftables.ChainHookPostrouting, p)
+}
+
+func judge(rules *packet.Ruleset, hook *nftables.ChainHook, p nftrules.Packet) bool {
+	ok, err := nftrules.Judge(rules, hook, p)
+	if err != nil {
+		panic(err) // the rules cannot be understood, whatever the packet
+	}
+	return ok
+}
+
+func TestPacketRulesAgreeWithOracle(t *testing.T) {
+	check := func(w oracle.World) error {
+		x, err := indexOf(w)
+		if err != nil {
+			return err
+		}
+		v, err := packetsOf(w, x)
+		if err != nil {
+			return err
+		}
+		rules, err := rulesOf(v)
+		if err != nil {
+			return err
+		}
+		return packetsDiffer(w, rules)
+	}
+	for i := range *worlds {
+		w := oracle.Generate(rand.New(rand.NewPCG(*seed+uint64(i), 0)), oracle.Small)
+		if check(w) == nil {
+			continue
+		}
+		small := oracle.Shrink(w, func(w oracle.World) bool { return check(w) != nil })
+		t.Fatalf("world %d: %v\n%s", *seed+uint64(i), check(small), small.YAML())
+	}
+}
+
+// TestPacketRulesAgreeWithValue makes values of all shapes, not only those that policies compile to, and asks at every edge.
+func TestPacketRulesAgreeWithValue(t *testing.T) {
+	for i := range *worlds {
+		r := rand.New(rand.NewPCG(*seed+uint64(i), 4))
+		p := randomPackets(r)
+		rules, err := packet.Emit(&p, proxyMark)
+		if err != nil {
+			t.Fatalf("value %d: %v\n%+v", i, err, p)
+		}
+		g := &guardedPod{p, rules}
+		for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
+			for _, port := range edgePorts(&p) {
+				for _, a := range edgeAddrs(&p) {
+					q := nftrules.Packet{Protocol: ipProtocol[proto], Source: a, Dest: a, Port: port, SourcePort: uint16(r.Uint32()), State: expr.CtStateBitNEW}
+					if got, want := g.arrives(q), p.AllowsIngress(proto, port, a); got != want {
+						t.Fatalf("value %d: from %s to %d/%s: rules %v, value %v\n%+v", i, a, port, proto, got, want, p)
+					}
+					if got, want := g.leaves(q), p.AllowsEgress(proto, port, a); got != want {
+						t.Fatalf("value %d: to %s %d/%s: rules %v, value %v\n%+v", i, a, port, proto, got, want, p)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestPacketRulesLetPass: what is no UDP and no SCTP, replies, loopback, and at egress the proxy's mark, even where nothing is admitted.
+func TestPacketRulesLetPass(t *testing.T) {
+	self := netip.MustParseAddr("10.64.0.2")
+	rules, err := packet.Emit(&verdict.Packets{Self: []netip.Addr{self}}, proxyMark)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, peer := range []netip.Addr{netip.MustParseAddr("10.64.0.3"), netip.MustParseAddr("fd00::3")} {
+		base := nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: peer, Dest: peer, Port: 53, In: "eth0", Out: "eth0", State: expr.CtStateBitNEW}
+		for _, c := range []struct {
+			what    string
+			change  func(*nftrules.Packet)
+			in, out bool
+		}{
+			{"a new flow", func(*nftrules.Packet) {}, false, false},
+			{"a related flow", func(p *nftrules.Packet) { p.State = expr.CtStateBitRELATED }, false, false},
+			{"untracked", func(p *nftrules.Packet) { p.State = expr.CtStateBitUNTRACKED }, false, false},
+			{"invalid SCTP", func(p *nftrules.Packet) { p.Protocol, p.State = unix.IPPROTO_SCTP, expr.CtStateBitINVALID }, false, false},
+			{"new SCTP", func(p *nftrules.Packet) { p.Protocol = unix.IPPROTO_SCTP }, false, false},
+			{"an interface whose name begins with lo", func(p *nftrules.Packet) { p.In, p.Out = "lo1", "lo1" }, false, false},
+			{"a forged source", func(p *nftrules.Packet) { p.Source = self; p.Dest = self; p.Out = "lo" }, false, true},
+			{"a reply", func(p *nftrules.Packet) { p.State = expr.CtStateBitESTABLISHED }, true, true},
+			{"a reply in SCTP", func(p *nftrules.Packet) { p.Protocol, p.State = unix.IPPROTO_SCTP, expr.CtStateBitESTABLISHED }, true, true},
+			{"loopback", func(p *nftrules.Packet) { p.In, p.Out = "lo", "lo" }, true, true},
+			{"the proxy's mark", func(p *nftrules.Packet) { p.Mark = proxyMark }, false, true},
+			{"another mark", func(p *nftrules.Packet) { p.Mark = proxyMark | 1<<16 }, false, false},
+			{"TCP", func(p *nftrules.Packet) { p.Protocol = unix.IPPROTO_TCP }, true, true},
+			{"ICMP", func(p *nftrules.Packet) { p.Protocol = unix.IPPROTO_ICMP }, true, true},
+			{"ICMPv6", func(p *nftrules.Packet) { p.Protocol = unix.IPPROTO_ICMPV6 }, true, true},
+		} {
+			p := base
+			c.change(&p)
+			if got := judge(rules, nftables.ChainHookPrerouting, p); got != c.in {
+				t.Errorf("%s from %s: accepted=%v", c.what, p.Source, got)
+			}
+			if got := judge(rules, nftables.ChainHookPostrouting, p); got != c.out {
+				t.Errorf("%s to %s: accepted=%v", c.what, p.Dest, got)
+			}
+		}
+	}
+}
+
+// randomPackets is a value with prefixes of all lengths, inside each other and at both ends of both families.
+func randomPackets(r *rand.Rand) verdict.Packets {
+	bases := []netip.Addr{netip.MustParseAddr("0.0.0.0"), netip.MustParseAddr("10.64.0.8"), netip.MustParseAddr("10.64.0.9"), netip.MustParseAddr("255.255.255.255"),
+		netip.MustParseAddr("::"), netip.MustParseAddr("fd00::8"), netip.MustParseAddr("fd00::9"), netip.MustParseAddr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")}
+	blocks := func() (out []verdict.PacketBlock) {
+		for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
+			var mine []verdict.PacketBlock
+			for range r.IntN(3) {
+				seen := map[netip.Prefix]bool{}
+				b := verdict.PacketBlock{Protocol: proto}
+				for range r.IntN(8) {
+					a := bases[r.IntN(len(bases))]
+					bits := r.IntN(a.BitLen() + 1)
+					if r.IntN(2) == 0 {
+						bits = a.BitLen() - r.IntN(4)
+					}
+					q := netip.PrefixFrom(a, bits).Masked()
+					if !seen[q] {
+						seen[q] = true
+						b.Peers = append(b.Peers, verdict.PacketPrefix{Prefix: q, Allow: r.IntN(3) > 0})
+					}
+				}
+				slices.SortFunc(b.Peers, verdict.PacketPrefix.Compare)
+				mine = append(mine, b)
+			}
+			if len(mine) > 0 {
+				cuts := []uint16{1, 53, 54, 8000, 8080, 65535}
+				for i, first := range cuts {
+					last := uint16(65535)
+					if i+1 < len(cuts) {
+						last = cuts[i+1] - 1
+					}
+					if r.IntN(4) > 0 {
+						b := &mine[r.IntN(len(mine))]
+						b.Ports = append(b.Ports, verdict.PortRange{First: first, Last: last})
+					}
+				}
+			}
+			out = append(out, slices.DeleteFunc(mine, func(b verdict.PacketBlock) bool { return len(b.Ports) == 0 })...)
+		}
+		return out
+	}
+	return verdict.Packets{
+		Self: []netip.Addr{netip.MustParseAddr("10.64.0.2"), netip.MustParseAddr("fd00::2")},
+		Node: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}, Ingress: blocks(), Egress: blocks(),
+	}
+}
+
+func edgePorts(p *verdict.Packets) []uint16 {
+	out := []uint16{0, 1, 65535}
+	for _, b := range slices.Concat(p.Ingress, p.Egress) {
+		for _, r := range b.Ports {
+			out = append(out, r.First-1, r.First, r.Last, r.Last+1)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+func edgeAddrs(p *verdict.Packets) []netip.Addr {
+	out := append(slices.Concat(p.Self, p.Node), netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("2001:db8:9::7"))
+	for _, b := range slices.Concat(p.Ingress, p.Egress) {
+		for _, q := range b.Peers {
+			raw := q.Prefix.Addr().AsSlice()
+			for i := q.Prefix.Bits(); i < len(raw)*8; i++ {
+				raw[i/8] |= 0x80 >> (i % 8)
+			}
+			last, _ := netip.AddrFromSlice(raw)
+			out = append(out, q.Prefix.Addr(), last, q.Prefix.Addr().Prev(), last.Next())
+		}
+	}
+	out = slices.DeleteFunc(out, func(a netip.Addr) bool { return !a.IsValid() })
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
 }

@@ -1,0 +1,93 @@
+package packet
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+const (
+	// elementsPerMessage keeps a message's list of elements (at most 64 octets each, more for a verdict) under the 64 KiB that a netlink
+	// attribute can hold.
+	elementsPerMessage = 500
+	// sendBuffer holds a whole transaction, which netlink takes in one piece: about half a million intervals.
+	sendBuffer = 64 << 20
+)
+
+// Apply enforces a packet policy in the network namespace of the calling thread, in one transaction, in place of the one before. Where it
+// fails, the one before stays in force. Packets marked names.ProxyMark pass at egress.
+func Apply(p *verdict.Packets) error {
+	rs, err := Emit(p, names.ProxyMark)
+	if err != nil {
+		return err
+	}
+	return rs.Apply()
+}
+
+// Apply writes the table, whether or not there is one already.
+func (rs *Ruleset) Apply() error {
+	conn, err := open()
+	if err != nil {
+		return err
+	}
+	// Adding a table that exists changes nothing, deleting one that does not is an error: so add, delete, add.
+	conn.AddTable(rs.Table)
+	conn.DelTable(rs.Table)
+	conn.AddTable(rs.Table)
+	for _, c := range rs.Chains { // first all of them, without rules: maps and rules name chains
+		conn.AddChain(c.Chain)
+	}
+	for _, s := range rs.Sets {
+		if err := conn.AddSet(s.Set, nil); err != nil {
+			return fmt.Errorf("packets: set %s: %w", s.Name, err)
+		}
+		for elements := range slices.Chunk(s.Elements, elementsPerMessage) {
+			if err := conn.SetAddElements(s.Set, elements); err != nil {
+				return fmt.Errorf("packets: elements of set %s: %w", s.Name, err)
+			}
+		}
+	}
+	for _, c := range rs.Chains {
+		for _, exprs := range c.Rules {
+			conn.AddRule(&nftables.Rule{Table: rs.Table, Chain: c.Chain, Exprs: exprs})
+		}
+	}
+	switch err := conn.Flush(); {
+	case errors.Is(err, unix.EMSGSIZE):
+		return fmt.Errorf("packets: write table inet %s: the policy is larger than the kernel takes at once (raise net.core.wmem_max): %w", TableName, err)
+	case err != nil:
+		return fmt.Errorf("packets: write table inet %s (needs CAP_NET_ADMIN and nf_tables with conntrack in the kernel): %w", TableName, err)
+	}
+	return nil
+}
+
+// Remove deletes the table: UDP and SCTP then pass unjudged. It is no error if there is no table.
+func Remove() error {
+	conn, err := open()
+	if err != nil {
+		return err
+	}
+	conn.DelTable(&nftables.Table{Name: TableName, Family: nftables.TableFamilyINet})
+	if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("packets: delete table inet %s: %w", TableName, err)
+	}
+	return nil
+}
+
+// open asks for a send buffer beyond what the system allows, which takes CAP_NET_ADMIN outside user namespaces, and is content with
+// what it allows.
+func open() (*nftables.Conn, error) {
+	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) }))
+	if err != nil {
+		return nil, fmt.Errorf("packets: open nftables: %w", err)
+	}
+	return conn, nil
+}

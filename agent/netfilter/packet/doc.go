@@ -1,0 +1,30 @@
+// Package packet enforces a pod's verdict.Packets, its policy on UDP and SCTP, with nftables in the pod's network namespace.
+//
+//	verdict.Packets ──Emit──► Ruleset (chains, rules, sets as the kernel gets them) ──Apply──► kernel, one transaction
+//	                             └──► an interpreter holds it against the value in random tests
+//
+//	 from outside                                    from the pod's processes
+//	      │ prerouting (filter, 0)                        │ postrouting (filter, 0)
+//	UDP ──► ingress-udp                             UDP ──► egress-udp
+//	SCTP ─► ingress-sctp                            SCTP ─► egress-sctp
+//	all else: as it is                              all else: as it is
+//	      │                                               │
+//	lo, replies, own node: accept                   lo, replies, proxy's mark, own node, self: accept
+//	port ──► block-N: addresses in its sets: accept; else drop
+//
+// These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.
+//
+// The table is independent of the redirect's. It is written in one transaction that also deletes its predecessor, so that every packet
+// meets the old table or the new one, whole.
+//
+//   - Longest prefixes are flattened into intervals of allowed addresses, apart from each other. What no interval holds is dropped.
+//   - Prerouting and postrouting, not input and output: so what a pod forwards (containers in it) meets the rules as well; addresses are those
+//     after the pod's own destination NAT (-100), and the interface is the one that a packet leaves by after it. A dropped datagram
+//     of a local process fails its send with EPERM.
+//   - A reply is what conntrack knows as established. Related flows are not let through: those would be flows that a protocol helper
+//     expects and no rule admits. ICMP errors are no UDP and pass anyway, as do neighbour discovery and path MTU: ICMP is never looked at.
+//   - Replacing the table leaves conntrack alone: a flow with replies goes on until its entry is deleted (revocation), a flow without any
+//     is judged anew at every packet.
+//   - The pod's own source address opens nothing at ingress: what the pod sends to itself comes through lo. From eth0 it is a forgery.
+//   - The mark of the proxy exempts the agent's own name resolution at egress. It takes CAP_NET_ADMIN or CAP_NET_RAW to set.
+package packet

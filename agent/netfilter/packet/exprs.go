@@ -1,0 +1,75 @@
+package packet
+
+import (
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// rule joins parts of a rule. Every part uses register 1.
+func rule(parts ...[]expr.Any) []expr.Any {
+	var out []expr.Any
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return out
+}
+
+func done(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
+
+// jump goes to a chain for good: it ends with a verdict of its own.
+func jump(chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}
+}
+
+func equals(value []byte) []expr.Any {
+	return []expr.Any{&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value}}
+}
+
+func meta(key expr.MetaKey, value []byte) []expr.Any {
+	return append([]expr.Any{&expr.Meta{Key: key, Register: 1}}, equals(value)...)
+}
+
+func nfproto(v4 bool) []expr.Any {
+	family := byte(unix.NFPROTO_IPV6)
+	if v4 {
+		family = unix.NFPROTO_IPV4
+	}
+	return meta(expr.MetaKeyNFPROTO, []byte{family})
+}
+
+// address loads the peer's address where the packet is of the family.
+func (d direction) address(v4 bool) []expr.Any {
+	p := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: d.v6, Len: 16}
+	if v4 {
+		p.Offset, p.Len = d.v4, 4
+	}
+	return append(nfproto(v4), p)
+}
+
+// destinationPort loads the port, which UDP and SCTP have in the same place.
+func destinationPort() []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+}
+
+func established() []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED), Xor: binaryutil.NativeEndian.PutUint32(0)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(0)},
+	}
+}
+
+// lookup goes on where the set holds what is loaded; a verdict map takes over.
+func lookup(s *nftables.Set) []expr.Any {
+	return []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, IsDestRegSet: s.IsMap}}
+}
+
+// interfaceName is a name as the kernel compares it: all of its 16 bytes, the rest zero, so that "lo" is not also "lo1".
+func interfaceName(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}
