@@ -1,0 +1,310 @@
+package packet
+
+import (
+	"encoding/binary"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/podtest"
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// ICMP, and with it path MTU and neighbour discovery, and TCP are none of this table's business.
+func TestNothingElseIsTouched(t *testing.T) {
+	outside := surroundings(t)
+	apply(t, verdict.Packets{})
+	l := outside.Listen(t, "[::]:8080")
+	for _, a := range []netip.Addr{peers[0], peers[4]} {
+		c, err := net.DialTimeout("tcp", netip.AddrPortFrom(a, 8080).String(), 10*time.Second)
+		if err != nil {
+			t.Fatalf("TCP to %s: %v", a, err)
+		}
+		defer c.Close()
+		in, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		ping(t, a)
+		outside.Do(func() { ping(t, same(a, own)) })
+	}
+}
+
+// ping sends an echo request and awaits the reply.
+func ping(t *testing.T, a netip.Addr) {
+	t.Helper()
+	network, request, reply, header := "ip4:icmp", byte(8), byte(0), 20 // a raw IPv4 socket reads the IP header too
+	if a.Is6() {
+		network, request, reply, header = "ip6:ipv6-icmp", 128, 129, 0
+	}
+	c, err := net.Dial(network, a.String())
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer c.Close()
+	echo := []byte{request, 0, 0, 0, 0, 7, 0, 1}
+	if a.Is4() { // the kernel does it for ICMPv6
+		binary.BigEndian.PutUint16(echo[2:], ^(uint16(request)<<8 + 7 + 1))
+	}
+	if _, err := c.Write(echo); err != nil {
+		t.Errorf("ping %s: %v", a, err)
+		return
+	}
+	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	buf := make([]byte, 128)
+	for {
+		n, err := c.Read(buf)
+		if err != nil {
+			t.Errorf("ping %s: %v", a, err)
+			return
+		}
+		if n >= header+8 && buf[header] == reply {
+			return
+		}
+	}
+}
+
+// TestSCTP sends raw packets: kernels without SCTP sockets filter SCTP all the same.
+func TestSCTP(t *testing.T) {
+	outside := surroundings(t)
+	sctp := udp(36412, 36412, "10.99.0.3/32", "fd99::3/128")
+	sctp.Protocol = verdict.SCTP
+	p := verdict.Packets{Ingress: []verdict.PacketBlock{udp(1, 65535, "0.0.0.0/0", "::/0"), sctp}, Egress: []verdict.PacketBlock{sctp}}
+	apply(t, p)
+	raw := func(out *podtest.Outside, a netip.Addr) (c net.PacketConn) {
+		network := "ip4:132"
+		if a.Is6() {
+			network = "ip6:132"
+		}
+		var err error
+		open := func() { c, err = net.ListenPacket(network, a.String()) }
+		if out != nil {
+			out.Do(open)
+		} else {
+			open()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		return c
+	}
+	chunk := func(port uint16, word string) string { // a common header, and a word instead of chunks
+		b := make([]byte, 12)
+		binary.BigEndian.PutUint16(b, 4000)
+		binary.BigEndian.PutUint16(b[2:], port)
+		return string(b) + word
+	}
+	for _, node := range []netip.Addr{node4, node6} {
+		at := raw(nil, same(node, own))
+		dest := &net.IPAddr{IP: same(node, own).AsSlice()}
+		for _, a := range peers {
+			if a.Is4() != node.Is4() {
+				continue
+			}
+			for _, port := range []uint16{36411, 36412} {
+				send(t, raw(outside, a), dest, chunk(port, "in"))
+				send(t, raw(outside, node), dest, chunk(port, "end"))
+				want, got := p.AllowsIngress(verdict.SCTP, port, a), false
+				for {
+					word, _ := receive(t, at)
+					if strings.HasSuffix(word, "end") {
+						break
+					}
+					got = true
+				}
+				if got != want {
+					t.Errorf("from %s to %d/SCTP: arrived=%v, want %v", a, port, got, want)
+				}
+				want = p.AllowsEgress(verdict.SCTP, port, a)
+				if got := send(t, at, &net.IPAddr{IP: a.AsSlice()}, chunk(port, "out")); got != want {
+					t.Errorf("to %s %d/SCTP: sent=%v, want %v", a, port, got, want)
+				}
+			}
+		}
+	}
+}
+
+// The agent resolves names with marked sockets, where the pod may not.
+func TestMarkPassesAtEgress(t *testing.T) {
+	outside := surroundings(t)
+	apply(t, verdict.Packets{})
+	there := socket(t, outside, "10.99.0.3:9057")
+	if send(t, socket(t, nil, "10.99.0.2:0"), there.LocalAddr(), "app") {
+		t.Error("an unmarked datagram was sent")
+	}
+	marked, err := (&net.ListenConfig{Control: netfilter.Exempt}).ListenPacket(t.Context(), "udp", "10.99.0.2:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer marked.Close()
+	send(t, marked, there.LocalAddr(), "agent")
+	if got, _ := receive(t, there); got != "agent" {
+		t.Errorf("got %q", got)
+	}
+}
+
+// The redirect's table and this one do not know each other.
+func TestRedirectIsIndependent(t *testing.T) {
+	surroundings(t)
+	redirect, err := netfilter.New(netfilter.ByMark(), slog.New(slog.NewTextHandler(io.Discard, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := redirect.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = redirect.Remove() })
+	apply(t, verdict.Packets{})
+	if err := redirect.Check(); err != nil {
+		t.Error(err)
+	}
+	if err := redirect.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	if send(t, socket(t, nil, "10.99.0.2:0"), to(peers[0], 53), "x") {
+		t.Error("writing the redirect took the packet policy away")
+	}
+	for range 2 {
+		if err := Remove(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := redirect.Check(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A table that the kernel does not take leaves the one before in force.
+func TestRefusedTableChangesNothing(t *testing.T) {
+	surroundings(t)
+	apply(t, verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.99.0.3/32")}})
+	rs, err := Emit(here(verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "0.0.0.0/0")}}), names.ProxyMark)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rs.Chains[0].Rules = append(rs.Chains[0].Rules, jump("nowhere"))
+	if err := rs.Apply(); err == nil {
+		t.Fatal("a rule that goes to no chain was taken")
+	}
+	if err := Apply(&verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.0.0.1/8")}}); err == nil {
+		t.Fatal("a prefix with host bits was taken")
+	}
+	c := socket(t, nil, "10.99.0.2:0")
+	if !send(t, c, to(peers[0], 53), "x") || send(t, c, to(peers[1], 53), "x") {
+		t.Error("the table before is not in force")
+	}
+}
+
+// TestTenThousandPrefixes applies 10,000 prefixes of each family, none next to another, in one transaction.
+func TestTenThousandPrefixes(t *testing.T) {
+	outside := surroundings(t)
+	const n = 10000
+	b := udp(9058, 9058)
+	for i := range n {
+		a := [4]byte{10, 96 + byte(i>>15), byte(i >> 7), byte(i << 1)}
+		b.Peers = append(b.Peers, verdict.PacketPrefix{Prefix: netip.PrefixFrom(netip.AddrFrom4(a), 32), Allow: true})
+	}
+	b.Peers = append(b.Peers, verdict.PacketPrefix{Prefix: netip.MustParsePrefix("10.99.0.4/32"), Allow: true})
+	for i := range n {
+		a := netip.MustParseAddr("fd99::4").As16()
+		binary.BigEndian.PutUint32(a[10:], uint32(i)<<1)
+		b.Peers = append(b.Peers, verdict.PacketPrefix{Prefix: netip.PrefixFrom(netip.AddrFrom16(a), 128), Allow: true})
+	}
+	p := here(verdict.Packets{Ingress: []verdict.PacketBlock{b}})
+	start := time.Now()
+	rs, err := Emit(p, names.ProxyMark)
+	if err != nil {
+		t.Fatal(err)
+	}
+	emitted := time.Now()
+	if err := rs.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = Remove() })
+	applied := time.Now()
+	if err := rs.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("2×%d prefixes: emitted in %v, applied in %v, replaced in %v", n, emitted.Sub(start), applied.Sub(emitted), time.Since(applied))
+	got := arrivals(t, outside, socket(t, nil, "[::]:9058"), 9058)
+	if len(got) != 2 || !got[peers[1]] || !got[peers[5]] {
+		t.Errorf("arrived from %v, not from %s and %s", got, peers[1], peers[5])
+	}
+}
+
+func TestEmitRefuses(t *testing.T) {
+	p := &verdict.Packets{}
+	if _, err := Emit(p, 0); err == nil {
+		t.Error("mark 0 was taken")
+	}
+	tcp := udp(53, 53, "10.0.0.0/8")
+	tcp.Protocol = verdict.TCP
+	for name, blocks := range map[string][]verdict.PacketBlock{
+		"TCP":              {tcp},
+		"no ports":         {{Protocol: verdict.UDP}},
+		"port 0":           {udp(0, 53)},
+		"a range reversed": {udp(54, 53)},
+		"a port twice":     {udp(50, 60, "10.0.0.0/8"), udp(60, 70)},
+		"no order":         {udp(53, 53, "10.1.0.0/16", "10.0.0.0/8")},
+		"a prefix twice":   {udp(53, 53, "10.0.0.0/8", "10.0.0.0/8")},
+		"host bits":        {udp(53, 53, "10.0.0.1/8")},
+		"IPv4-mapped":      {udp(53, 53, "::ffff:10.0.0.0/104")},
+	} {
+		if _, err := Emit(&verdict.Packets{Ingress: blocks}, 1); err == nil {
+			t.Errorf("%s: taken at ingress", name)
+		}
+		if _, err := Emit(&verdict.Packets{Egress: blocks}, 1); err == nil {
+			t.Errorf("%s: taken at egress", name)
+		}
+	}
+	if _, err := Emit(&verdict.Packets{Node: addrs("0.0.0.0")}, 1); err == nil {
+		t.Error("node 0.0.0.0 was taken")
+	}
+}
+
+// Equal values give equal rules, so that they may be compared and kept.
+func TestEmitIsDeterministic(t *testing.T) {
+	p := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(53, 60, "10.0.0.0/9", "fd00::/8")}, Egress: []verdict.PacketBlock{udp(1, 9, "10.0.0.0/8")}})
+	bytesOf := func() string {
+		rs, err := Emit(p, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out strings.Builder
+		for _, s := range rs.Sets {
+			out.WriteString(s.Name)
+			out.WriteByte(byte(s.ID))
+			for _, e := range s.Elements {
+				out.Write(e.Key)
+			}
+		}
+		for _, c := range rs.Chains {
+			out.WriteString(c.Name)
+			for _, r := range c.Rules {
+				for _, e := range r {
+					b, err := expr.Marshal(byte(nftables.TableFamilyINet), e)
+					if err != nil {
+						t.Fatal(err)
+					}
+					out.Write(b)
+				}
+			}
+		}
+		return out.String()
+	}
+	if bytesOf() != bytesOf() {
+		t.Error("the same value gave different rules")
+	}
+}
