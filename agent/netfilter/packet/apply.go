@@ -32,16 +32,17 @@ func Apply(p *verdict.Packets) error {
 	return rs.Apply()
 }
 
-// Apply writes the table, whether or not there is one already.
+// Apply writes the table, whether or not there is one already. The base chains stay where they are and only their rules are replaced: a
+// new base chain would come before the old one in the hook, and a packet between the two at the moment of the commit would pass the new one
+// while that has no rules yet and the old one when that has none any more. Nobody else may write the table at the same time.
 func (rs *Ruleset) Apply() error {
 	conn, err := open()
 	if err != nil {
 		return err
 	}
-	// Adding a table that exists changes nothing, deleting one that does not is an error: so add, delete, add.
-	conn.AddTable(rs.Table)
-	conn.DelTable(rs.Table)
-	conn.AddTable(rs.Table)
+	if err := rs.clear(conn); err != nil {
+		return err
+	}
 	for _, c := range rs.Chains { // first all of them, without rules: maps and rules name chains
 		conn.AddChain(c.Chain)
 	}
@@ -67,6 +68,50 @@ func (rs *Ruleset) Apply() error {
 		return fmt.Errorf("packets: write table inet %s (needs CAP_NET_ADMIN and nf_tables with conntrack in the kernel): %w", TableName, err)
 	}
 	return nil
+}
+
+// clear adds the table, and to the same transaction what empties the one that there is, but for base chains that stay.
+func (rs *Ruleset) clear(conn *nftables.Conn) error {
+	tables, err := conn.ListTablesOfFamily(rs.Table.Family)
+	if err != nil {
+		return fmt.Errorf("packets: read tables: %w", err)
+	}
+	conn.AddTable(rs.Table)
+	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == rs.Table.Name })
+	if i < 0 {
+		return nil
+	}
+	if tables[i].Flags != 0 { // somebody has put it to sleep
+		conn.DelTable(rs.Table)
+		conn.AddTable(rs.Table)
+		return nil
+	}
+	chains, err := conn.ListChainsOfTableFamily(rs.Table.Family)
+	if err != nil {
+		return fmt.Errorf("packets: read chains: %w", err)
+	}
+	sets, err := conn.GetSets(rs.Table)
+	if err != nil {
+		return fmt.Errorf("packets: read sets: %w", err)
+	}
+	conn.FlushTable(rs.Table)
+	for _, s := range sets {
+		conn.DelSet(s)
+	}
+	for _, c := range chains {
+		if c.Table.Name == rs.Table.Name && !rs.keeps(c) {
+			conn.DelChain(c)
+		}
+	}
+	return nil
+}
+
+// keeps reports whether a chain of the kernel is one of the base chains, at the same hook.
+func (rs *Ruleset) keeps(c *nftables.Chain) bool {
+	return slices.ContainsFunc(rs.Chains, func(w Chain) bool {
+		return w.Hooknum != nil && w.Name == c.Name && c.Hooknum != nil && *c.Hooknum == *w.Hooknum && c.Type == w.Type &&
+			c.Priority != nil && *c.Priority == *w.Priority
+	})
 }
 
 // Remove deletes the table: UDP and SCTP then pass unjudged. It is no error if there is no table.

@@ -14,8 +14,8 @@
 //
 // These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.
 //
-// The table is independent of the redirect's. It is written in one transaction that also deletes its predecessor, so that every packet
-// meets the old table or the new one, whole.
+// The table is independent of the redirect's. It is replaced in one transaction, between its base chains that stay, so that every packet
+// meets the old rules or the new ones. One that meets old rules whose sets have just gone is dropped: never admitted by neither.
 //
 //   - Longest prefixes are flattened into intervals of allowed addresses, apart from each other. What no interval holds is dropped.
 //   - Prerouting and postrouting, not input and output: so what a pod forwards (containers in it) meets the rules as well; addresses are those

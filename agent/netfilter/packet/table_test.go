@@ -308,3 +308,63 @@ func TestEmitIsDeterministic(t *testing.T) {
 		t.Error("the same value gave different rules")
 	}
 }
+
+// Apply leaves exactly its table, whatever it finds: larger policies before, chains and sets that are not its own, a table put to sleep.
+func TestApplyLeavesNothingElse(t *testing.T) {
+	surroundings(t)
+	small := here(verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.99.0.3/32")}})
+	want, err := Emit(small, names.ProxyMark)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, meddle := range map[string]func(){
+		"no table": func() {},
+		"a larger one": func() {
+			apply(t, verdict.Packets{Ingress: []verdict.PacketBlock{udp(1, 9, "10.0.0.0/8"), udp(10, 19, "fd00::/8")}})
+		},
+		"the same":      func() { apply(t, *small) },
+		"flushed":       func() { apply(t, *small); conn.FlushTable(want.Table) },
+		"foreign chain": func() { apply(t, *small); conn.AddChain(&nftables.Chain{Name: "foreign", Table: want.Table}) },
+		"asleep": func() {
+			conn.AddTable(&nftables.Table{Name: TableName, Family: nftables.TableFamilyINet, Flags: 1}) // NFT_TABLE_F_DORMANT
+			conn.AddChain(want.Chains[0].Chain)
+		},
+		"other hook": func() {
+			c := *want.Chains[0].Chain
+			c.Hooknum = nftables.ChainHookOutput
+			conn.AddTable(want.Table)
+			conn.AddChain(&c)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := Remove(); err != nil {
+				t.Fatal(err)
+			}
+			meddle()
+			if err := conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			apply(t, *small)
+			tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+			if err != nil || len(tables) != 1 || tables[0].Flags != 0 {
+				t.Fatalf("tables %+v, %v", tables, err)
+			}
+			chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
+			if err != nil || len(chains) != len(want.Chains) {
+				t.Errorf("%d chains, %v; want %d", len(chains), err, len(want.Chains))
+			}
+			sets, err := conn.GetSets(want.Table)
+			if err != nil || len(sets) != len(want.Sets) {
+				t.Errorf("%d sets, %v; want %d", len(sets), err, len(want.Sets))
+			}
+			c := socket(t, nil, "10.99.0.2:0")
+			if !send(t, c, to(peers[0], 53), "x") || send(t, c, to(peers[1], 53), "x") || send(t, c, to(peers[0], 54), "x") {
+				t.Error("the policy is not in force")
+			}
+		})
+	}
+}
