@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -26,6 +27,25 @@ var (
 	peers        = addrs("10.99.0.3", "10.99.0.4", "10.99.0.7", "10.99.0.8", "fd99::3", "fd99::4", "fd99::7", "fd99::8")
 	own          = []netip.Addr{podtest.PodIPv4, podtest.PodIPv6}
 )
+
+// awaitLocal waits until the addresses of this network namespace are routed to itself: the kernel sees to that some time after they were
+// added, and until then they lead out by the link.
+func awaitLocal(t *testing.T, list []netip.Addr) {
+	deadline := time.Now().Add(10 * time.Second)
+	for _, a := range list {
+		for {
+			routes, err := netlink.RouteGet(a.AsSlice())
+			if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Errorf("%s is not routed to itself: %v, %v", a, routes, err)
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
 
 func addrs(list ...string) (out []netip.Addr) {
 	for _, s := range list {
@@ -48,9 +68,12 @@ func surroundings(t *testing.T) *podtest.Outside {
 			ipnet := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 			if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: ipnet, Flags: unix.IFA_F_NODAD}); err != nil {
 				t.Errorf("address %s: %v", a, err)
+				return
 			}
 		}
+		awaitLocal(t, append(slices.Clone(peers), node4, node6))
 	})
+	awaitLocal(t, own)
 	if t.Failed() {
 		t.FailNow()
 	}
@@ -210,7 +233,10 @@ func TestSelf(t *testing.T) {
 	at := socket(t, nil, "[::]:8053")
 	c := socket(t, nil, "[::]:0")
 	for _, a := range append(addrs("127.0.0.1", "::1"), own...) {
-		send(t, c, to(a, 8053), a.String())
+		if !send(t, c, to(a, 8053), a.String()) {
+			t.Errorf("to %s: dropped", a)
+			continue
+		}
 		if got, _ := receive(t, at); got != a.String() {
 			t.Errorf("got %q, sent to %s", got, a)
 		}
