@@ -97,6 +97,39 @@ func TestPacketsAgreeWithOracle(t *testing.T) {
 	}
 }
 
+// TestPacketsDependOnObjectsAlone feeds the same objects in another order, and wants the same values.
+func TestPacketsDependOnObjectsAlone(t *testing.T) {
+	for i := range *worlds {
+		r := rand.New(rand.NewPCG(*seed+uint64(i), 5))
+		w := oracle.Generate(r, oracle.Small)
+		want, err := indexOf(w)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x, _ := indexOf(oracle.World{PodNetwork: w.PodNetwork, Mode: w.Mode})
+		all := objects(&w.Objects)
+		r.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		for _, o := range all {
+			if _, err := x.Apply(o); err != nil {
+				t.Fatal(err)
+			}
+			if p := w.Objects.Pods[r.IntN(len(w.Objects.Pods))]; r.IntN(3) == 0 {
+				x.Packets(key(p)) // what it says of a world half known must not stay
+			}
+		}
+		for _, p := range w.Objects.Pods {
+			a, b := want.Packets(key(p)), x.Packets(key(p))
+			if a.Hash() != b.Hash() {
+				t.Fatalf("world %d: pod %s: packets depend on the order of events\n%s", *seed+uint64(i), key(p), w.YAML())
+			}
+		}
+	}
+	x, _ := indexOf(oracle.World{})
+	if got := x.Packets("no/such"); got.Hash() != (&verdict.Packets{}).Hash() {
+		t.Errorf("a pod that does not exist: %+v", got)
+	}
+}
+
 // byRules judges by the rules that the kernel would get.
 type byRules map[string]*guardedPod
 
@@ -177,7 +210,7 @@ func TestPacketRulesAgreeWithOracle(t *testing.T) {
 		}
 		return packetsDiffer(w, rules)
 	}
-	for i := range *worlds {
+	for i := range (*worlds + 2) / 3 { // values are held against the oracle above, and rules against values below
 		w := oracle.Generate(rand.New(rand.NewPCG(*seed+uint64(i), 0)), oracle.Small)
 		if check(w) == nil {
 			continue
