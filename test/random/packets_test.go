@@ -359,7 +359,8 @@ func edgeAddrs(p *verdict.Packets) []netip.Addr {
 			out = append(out, q.Prefix.Addr(), last, q.Prefix.Addr().Prev(), last.Next())
 		}
 	}
-	out = slices.DeleteFunc(out, func(a netip.Addr) bool { return !a.IsValid() })
+	// The value takes an IPv4-mapped address for IPv4, which it is in a socket; in a packet it is IPv6.
+	out = slices.DeleteFunc(out, func(a netip.Addr) bool { return !a.IsValid() || a.Is4In6() })
 	slices.SortFunc(out, netip.Addr.Compare)
 	return slices.Compact(out)
 }
