@@ -1,0 +1,43 @@
+// Package hold makes connect() tell the truth: a TCP connection that policy denies is refused at the first attempt, instead of being
+// accepted by the local proxy and closed later.
+//
+//	app's SYN ── output, filter, -150: table inet mantlet_hold ── output, nat, -100: the redirect ── Envoy
+//	                │
+//	  not TCP, no SYN, the proxy, the agent, lo, the node ─► on
+//	                │
+//	  outside the cluster's prefixes: in external4/6? ─► on      else reset
+//	                │
+//	  in denied4/6  ─► reset
+//	  in allowed4/6 ─► on (and noted in used4/6)
+//	                │
+//	  neither: more than Rate a second ─► reset
+//	           NFLOG, and dropped
+//	                │
+//	             Holder ── Asker: may this pod connect there?
+//	                │        no answer: no, for a short time
+//	                ├─► element into allowed or denied, in one transaction
+//	                └─► the very SYN once more, by a raw socket: on to the redirect, or reset
+//
+// The sets only tell the app early; Envoy stays the authority over who is let through. All the same everything here fails closed. A SYN
+// to an unknown destination is dropped by the kernel before anybody is asked, so a Holder that is slow, dead, or not there yet opens
+// nothing: the app's connect() waits, and its SYN is asked about when TCP sends it again. An error of the Asker is a denial.
+//
+// # The SYN that is sent again
+//
+// It carries [Mark], not the proxy's mark, because it has to meet the redirect like the app's own packet. In this table the mark lets it
+// pass nothing: it meets the same sets, where its element has just been written. It only keeps a re-sent SYN from being held a second time,
+// where the element has gone again in between: it is then dropped, and TCP sends another. The raw socket belongs to the agent's user, so
+// that user must not be one that the redirect exempts; [Open] refuses it.
+//
+// # Bounds
+//
+// Whoever scans 65,000 ports of 256 addresses gets no more than Config says: Rate questions a second are asked (the kernel refuses the
+// rest without waking the agent), MaxQuestions are outstanding, MaxHeld SYNs are kept, and MaxAllowed and MaxDenied destinations are known,
+// of which the least recently used go first; a scan pushes denied destinations out, never allowed ones. With the defaults that is below 2 MB
+// of elements in the kernel, 2 MB of bookkeeping here, and 3 MB of SYNs if all of them carry data (TCP Fast Open), 0.2 MB if none does.
+//
+// # Without NFLOG
+//
+// Where the kernel has no NFLOG the SYN to an unknown destination goes on to Envoy, and whoever answers Envoy's on-demand question
+// calls [Holder.Set]: the second attempt then is truthful. [Holder.Holding] tells which of the two it is.
+package hold

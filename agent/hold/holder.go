@@ -1,0 +1,322 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	nflog "github.com/florianl/go-nflog/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// Holder is the SYN hold of one network namespace: that of the thread which called Open. Its methods may be called from anywhere.
+type Holder struct {
+	asker  Asker
+	logger *slog.Logger
+	sender *sender
+	log    *nflog.Nflog
+	// register binds the NFLOG group; tests let it fail.
+	register func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error
+
+	failed chan error // the first failure, for Run
+	asking sync.WaitGroup
+
+	queue sync.Mutex
+	batch *batch // changes that wait for the transaction in flight
+
+	mu      sync.Mutex // all below
+	cfg     Config
+	kernel  *kernel
+	ledger  *ledger
+	pending map[netip.AddrPort]*question
+	held    int // SYNs in pending
+	holding bool
+	ctx     context.Context // of the questions; nil unless Run runs
+}
+
+// question is an outstanding one.
+type question struct {
+	syns      []syn
+	overruled bool // Set or Flip said something meanwhile, which is newer
+}
+
+// Open writes the table, in place of any that is there, and thereby holds every unknown destination. Nothing is asked before Run runs.
+func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	k, err := newKernel(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newSender()
+	if err != nil {
+		k.close()
+		return nil, err
+	}
+	l, err := nflog.Open(&nflog.Config{Group: cfg.Group, Copymode: nflog.CopyPacket})
+	if err == nil {
+		err = l.Con.SetReadBuffer(1 << 20) // a burst of SYNs
+	}
+	h := &Holder{
+		asker: asker, logger: logger, sender: s, log: l, cfg: cfg, kernel: k, holding: true, failed: make(chan error, 1),
+		ledger: newLedger(cfg.MaxAllowed, cfg.MaxDenied), pending: map[netip.AddrPort]*question{},
+	}
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("hold: open NFLOG: %w", err)
+	}
+	h.register = l.RegisterWithErrorFunc
+	if err := k.apply(cfg, true); err != nil {
+		h.Close()
+		return nil, err
+	}
+	return h, nil
+}
+
+// Close ends what Open began and Run does not use any more. The table stays, and so does what it holds.
+func (h *Holder) Close() {
+	if h.log != nil {
+		_ = h.log.Close()
+	}
+	h.sender.close()
+	h.kernel.close()
+}
+
+// Run answers for unknown destinations until ctx ends (nil) or the kernel refuses something (the error; everything unknown then stays
+// held, and a new Holder is needed). It may run once.
+func (h *Holder) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer h.asking.Wait()
+	defer cancel()
+	h.mu.Lock()
+	h.ctx = ctx
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		h.ctx = nil // no question begins any more
+		h.mu.Unlock()
+	}()
+	if err := h.listen(ctx); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	sweep := time.NewTicker(h.cfg.Idle / 4)
+	h.mu.Unlock()
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-h.failed:
+			return err
+		case <-sweep.C:
+			if err := h.sweep(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// listen binds the NFLOG group, or lets SYNs to unknown destinations go on where the kernel has no NFLOG.
+func (h *Holder) listen(ctx context.Context) error {
+	err := h.register(ctx, func(a nflog.Attribute) int {
+		if a.Payload != nil {
+			h.receive(*a.Payload)
+		}
+		return 0
+	}, func(err error) int {
+		switch {
+		case ctx.Err() != nil:
+			return 1
+		case errors.Is(err, unix.ENOBUFS): // more SYNs than were read; TCP sends those again
+			h.logger.Warn("hold: too many new connections at once; some take a second longer")
+			return 0
+		}
+		h.fail(fmt.Errorf("hold: read NFLOG: %w", err))
+		return 1
+	})
+	switch {
+	case err == nil:
+		return nil
+	case !missing(err):
+		return fmt.Errorf("hold: bind NFLOG group %d: %w", h.cfg.Group, err)
+	}
+	h.logger.Warn("hold: the kernel has no NFLOG (nfnetlink_log): the first connect to a denied destination will succeed and be closed, later ones are refused",
+		"cause", err)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.holding = false
+	h.ledger = newLedger(h.cfg.MaxAllowed, h.cfg.MaxDenied) // the table is written anew
+	return h.kernel.apply(h.cfg, false)
+}
+
+// missing reports whether an error of binding says that the kernel has no nfnetlink_log: EINVAL for its whole subsystem. The library
+// hands on the text only.
+func missing(err error) bool { return strings.Contains(err.Error(), unix.EINVAL.Error()) }
+
+// Holding reports whether SYNs to unknown destinations are held (true), or go on because the kernel has no NFLOG.
+func (h *Holder) Holding() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.holding
+}
+
+// Sizes are the numbers of what a Holder keeps.
+type Sizes struct{ Allowed, Denied, Questions, Held int }
+
+// Sizes tells how much the Holder keeps now.
+func (h *Holder) Sizes() Sizes {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return Sizes{Allowed: h.ledger.recent[1].Len(), Denied: h.ledger.recent[0].Len(), Questions: len(h.pending), Held: h.held}
+}
+
+// fail ends Run.
+func (h *Holder) fail(err error) {
+	select {
+	case h.failed <- err:
+	default:
+	}
+}
+
+// receive takes a logged packet. What it does not take stays dropped.
+func (h *Holder) receive(logged []byte) {
+	p, err := parse(logged)
+	if err != nil {
+		h.logger.Debug("hold: logged packet ignored", "cause", err)
+		return
+	}
+	h.mu.Lock()
+	if h.ctx == nil {
+		h.mu.Unlock()
+		return
+	}
+	h.asking.Add(1) // Run waits for what begins before its end
+	defer h.asking.Done()
+	q, asked := h.pending[p.dest]
+	switch {
+	case asked:
+		h.keep(q, p)
+	case h.ledger.justWritten(p.dest, time.Now()): // while the packet was on its way here
+		h.mu.Unlock()
+		h.send(p)
+		return
+	case len(h.pending) >= h.cfg.MaxQuestions:
+		c := h.cfg
+		h.mu.Unlock()
+		h.logger.Warn("hold: too many questions at a time; refused", "destination", p.dest, "questions", c.MaxQuestions)
+		if h.commit(change{dest: p.dest, ttl: c.ErrorTTL}) == nil {
+			h.send(p)
+		}
+		return
+	default:
+		q := &question{}
+		h.keep(q, p)
+		h.pending[p.dest] = q
+		ctx := h.ctx
+		h.asking.Go(func() { h.ask(ctx, p.dest, q) })
+	}
+	h.mu.Unlock()
+}
+
+// keep keeps a SYN until its question is answered. TCP sends again what is not kept.
+func (h *Holder) keep(q *question, p syn) {
+	if h.held < h.cfg.MaxHeld {
+		q.syns = append(q.syns, p)
+		h.held++
+	}
+}
+
+// ask gets the answer, writes it, and lets the SYNs meet it.
+func (h *Holder) ask(ctx context.Context, dest netip.AddrPort, q *question) {
+	h.mu.Lock()
+	patience, idle, errorTTL := h.cfg.Patience, h.cfg.Idle, h.cfg.ErrorTTL
+	h.mu.Unlock()
+	asked, cancel := context.WithTimeout(ctx, patience)
+	allowed, err := h.asker.Ask(asked, dest)
+	if err == nil {
+		err = asked.Err() // an answer after the end is none
+	}
+	cancel()
+	c := change{dest: dest, allowed: allowed, ttl: ttl(allowed, idle), answers: q}
+	if err != nil {
+		h.logger.Warn("hold: no answer; refused", "destination", dest, "for", errorTTL, "cause", err)
+		c.allowed, c.ttl = false, errorTTL
+	}
+	err = h.commit(c)
+	h.mu.Lock()
+	delete(h.pending, dest)
+	h.held -= len(q.syns)
+	h.mu.Unlock()
+	if err != nil {
+		return // not written: they stay dropped
+	}
+	for _, p := range q.syns {
+		h.send(p)
+	}
+}
+
+func (h *Holder) send(p syn) {
+	if err := h.sender.send(p); err != nil {
+		h.logger.Warn("hold: TCP will send it again", "cause", err)
+	}
+}
+
+// ttl is the life of an element in the kernel. Sweeps renew allowed ones that are used.
+func ttl(allowed bool, idle time.Duration) time.Duration {
+	if allowed {
+		return 2 * idle
+	}
+	return idle
+}
+
+// Set writes the verdict on a destination inside the cluster. When it returns nil the kernel has it. It overrules the answer to a
+// question about the destination that is outstanding at the time.
+func (h *Holder) Set(dest netip.AddrPort, allowed bool) error {
+	return h.Flip(map[netip.AddrPort]bool{dest: allowed})
+}
+
+// Flip is Set for many destinations in one transaction: there is no moment between two of them.
+func (h *Holder) Flip(verdicts map[netip.AddrPort]bool) error {
+	h.mu.Lock()
+	idle := h.cfg.Idle
+	h.mu.Unlock()
+	changes := make([]change, 0, len(verdicts))
+	for dest, allowed := range verdicts {
+		changes = append(changes, change{dest: plain(dest), allowed: allowed, ttl: ttl(allowed, idle)})
+	}
+	return h.commit(changes...)
+}
+
+// Forget takes back what is known of destinations: the next SYN is held and asked about. Config.Forgotten is not told.
+func (h *Holder) Forget(dests ...netip.AddrPort) error {
+	changes := make([]change, len(dests))
+	for i, dest := range dests {
+		changes[i] = change{dest: plain(dest)}
+	}
+	return h.commit(changes...)
+}
+
+func plain(d netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(d.Addr().Unmap().WithZone(""), d.Port())
+}
+
+// SetExternal replaces the verdicts on destinations outside the cluster by those of an egress table, in one transaction.
+func (h *Holder) SetExternal(egress verdict.Table) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.cfg.External = egress
+	if err := h.kernel.external(h.cfg); err != nil {
+		h.fail(err)
+		return err
+	}
+	return nil
+}
