@@ -71,6 +71,8 @@ var table = []room{
 		why: "kernel only: the node mode uses it in other pods' namespaces"},
 	{path: "agent/netfilter/packet", rooms: []string{"xds/names", "verdict"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
 		why: "kernel only, like the redirect, and independent of it: two tables, two lives"},
+	{path: "agent/hold", rooms: []string{"xds/names", "verdict"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
+		why: "kernel only, as netfilter: who answers its questions is an interface"},
 	{path: "agent/relay", rooms: []string{"xds/names", "identity/...", "api/mantlet/v1"}, never: append([]string{envoyAPI}, kubernetes...),
 		why: "relays xDS as opaque bytes: a new Envoy API needs no new agent"},
 	{path: "agent/envoy", rooms: []string{"xds/names"}, never: append([]string{grpc}, kubernetes...),
