@@ -180,7 +180,7 @@ func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error 
 	if s == nil {
 		return nil
 	}
-	hash := cp.index.Verdicts(key).Hash()
+	hash := cp.index.Hash(key)
 	if cp.hashes[key] == hash {
 		return nil
 	}
@@ -247,7 +247,7 @@ func (cp *ControlPlane) publishPod(p policy.Pod) error {
 func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	v := cp.index.Verdicts(p.Subject.Key)
 	r := cp.rendered[p.Subject.Key]
-	if hash := v.Hash(); r == nil || r.hash != hash {
+	if hash := cp.index.Hash(p.Subject.Key); r == nil || r.hash != hash {
 		r = &rendered{hash: hash, sets: map[string]server.Set{}}
 		var err error
 		if r.gate, err = resource(xds.Gate(v)); err != nil {

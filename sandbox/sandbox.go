@@ -285,9 +285,6 @@ func (s *Sandbox) startAgents(ctx context.Context) error {
 		return err
 	}
 	s.cfg.Progress("sidecars", 0, len(injected))
-	var mu sync.Mutex
-	ready := 0
-	g, gctx := errgroup.WithContext(ctx)
 	for _, p := range injected {
 		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: p.uid}, attest.Audience)
 		if err != nil {
@@ -298,6 +295,11 @@ func (s *Sandbox) startAgents(ctx context.Context) error {
 		if p.agent, err = run.start(s.running, p.net, s.controlPlaneFor(p), dir, token); err != nil {
 			return err
 		}
+	}
+	var mu sync.Mutex
+	ready := 0
+	g, gctx := errgroup.WithContext(ctx)
+	for _, p := range injected {
 		g.Go(func() error {
 			if err := p.agent.waitReady(gctx); err != nil {
 				return fmt.Errorf("sidecar of %s: %w", p.name, err)

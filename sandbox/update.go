@@ -27,7 +27,8 @@ type Change struct {
 	Sidecars []string
 	InForce  time.Duration
 	Bytes    uint64 // sent to them
-	// Types of the resources that were sent, sorted: "Cluster" for endpoints, "Listener" and "TypedExtensionConfig" for policy.
+	// Types of the resources that were sent, sorted: "Cluster" for endpoints, the others ("Listener",
+	// "TypedExtensionConfig", "Verdicts") for policy.
 	Types []string
 }
 

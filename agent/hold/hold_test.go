@@ -236,7 +236,7 @@ func TestAgeing(t *testing.T) {
 	expect(t, "10.99.0.1:83", "10.99.0.1:83")
 	expect(t, "10.99.0.1:80", refused)
 	// The one in use outlives what the kernel gave it at first, twice over; the others go.
-	for end := time.Now().Add(5 * c.Idle); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(5 * c.Idle); time.Now().Before(end); time.Sleep(100 * time.Millisecond) { //nolint:forbidigo // use goes on for longer than an unused element lives
 		expect(t, "10.99.0.1:81", "10.99.0.1:81")
 	}
 	await(t, "the idle ones are forgotten", func() bool {

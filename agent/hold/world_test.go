@@ -227,7 +227,7 @@ func nothing(t *testing.T, arrivals *capture, address string) {
 
 func await(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) { //nolint:forbidigo // the kernel tells nobody of its counters
 		if time.Now().After(deadline) {
 			t.Fatalf("waited too long until %s", what)
 		}

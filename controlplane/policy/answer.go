@@ -20,13 +20,27 @@ func (x *Index) Verdicts(key string) *verdict.Verdicts {
 	return s.verdicts
 }
 
+// Hash returns the content hash of what is compiled for a subject, and "" for a key that no pod has (any more). It is made once for
+// each compilation: writing the verdicts down to hash them costs more than most else on the way of a change.
+func (x *Index) Hash(key string) string {
+	s := x.subjects[key]
+	if s == nil {
+		return ""
+	}
+	x.bring(s)
+	if s.hash == "" {
+		s.hash = s.verdicts.Hash()
+	}
+	return s.hash
+}
+
 // bring compiles a subject that is dirty.
 func (x *Index) bring(s *Subject) {
 	if s.verdicts != nil && !x.dirty[s.Key] {
 		return
 	}
 	u := uses{selectors: map[string]*peerSelector{}, egress: map[spiffeid.ID]bool{}, ports: map[spiffeid.ID]bool{}}
-	s.verdicts = x.compile(s, &u)
+	s.verdicts, s.hash = x.compile(s, &u), ""
 	s.uses = u
 	s.ingress, s.egress = verdict.NewIngress(s.verdicts), verdict.NewEgress(s.verdicts)
 	delete(x.dirty, s.Key)

@@ -80,6 +80,7 @@ type Subject struct {
 	pods     map[string]*pod
 	uses     uses
 	verdicts *verdict.Verdicts
+	hash     string // of verdicts; empty: nobody has asked yet
 	ingress  *verdict.Evaluator
 	egress   *verdict.Evaluator
 }

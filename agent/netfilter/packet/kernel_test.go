@@ -42,7 +42,7 @@ func awaitLocal(t *testing.T, list []netip.Addr) {
 				t.Errorf("%s is not routed to itself: %v, %v", a, routes, err)
 				return
 			}
-			time.Sleep(time.Millisecond)
+			time.Sleep(time.Millisecond) //nolint:forbidigo // the kernel installs local routes without an event to us
 		}
 	}
 }
