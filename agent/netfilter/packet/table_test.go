@@ -304,7 +304,7 @@ func TestEmitIsDeterministic(t *testing.T) {
 		}
 		return out.String()
 	}
-	if bytesOf() != bytesOf() {
+	if first, second := bytesOf(), bytesOf(); first != second {
 		t.Error("the same value gave different rules")
 	}
 }
