@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // What this executable is started as a second time. The role is argv[0], which nobody types by accident; each role checks besides that
@@ -13,11 +16,16 @@ const (
 	roleInit  = "mantlet:init"
 	roleInner = "mantlet:sandbox"
 	roleApp   = "mantlet:app"
+	roleExec  = "mantlet:exec"
 )
+
+// firstFile is the first file descriptor that is passed on beside the standard ones.
+const firstFile = 3
 
 var (
 	dispatched bool
 	inside     bool
+	inherited  []*os.File
 )
 
 // Dispatch must be the first call of main in every executable that uses this package. If the process is one that this package started,
@@ -30,15 +38,28 @@ func Dispatch() {
 		os.Exit(initMain())
 	case roleApp:
 		os.Exit(appMain())
+	case roleExec:
+		os.Exit(execMain())
 	case roleInner:
-		if !belowInit() || len(os.Args) < 2 {
+		files := -1
+		if len(os.Args) >= 3 {
+			files, _ = strconv.Atoi(os.Args[1])
+		}
+		if !belowInit() || files < 0 {
 			fmt.Fprintf(os.Stderr, "%s is started by mantlet itself, inside its own namespaces\n", roleInner)
 			os.Exit(2)
 		}
 		inside = true
-		os.Args = os.Args[1:]
+		os.Args = os.Args[2:]
+		for i := range files {
+			unix.CloseOnExec(firstFile + i)
+			inherited = append(inherited, os.NewFile(uintptr(firstFile+i), "inherited"))
+		}
 	}
 }
+
+// Inherited returns the files that were given to Reenter.
+func Inherited() []*os.File { return inherited }
 
 // Inside reports whether this process runs in the enclosure that Reenter made.
 func Inside() bool { return inside }

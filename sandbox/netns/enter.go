@@ -24,6 +24,7 @@ var forwarded = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, sys
 type (
 	toInit struct {
 		Go     bool           `json:"go,omitempty"`     // ids are mapped: go on
+		Files  int            `json:"files,omitempty"`  // for the inner command, from file descriptor 4 on
 		Signal syscall.Signal `json:"signal,omitempty"` // was sent to the outer process
 	}
 	fromInit struct {
@@ -36,9 +37,11 @@ type (
 // working directory and the environment are passed through; SIGINT, SIGTERM, SIGHUP and SIGQUIT reach the inner command once each.
 // It returns the exit code of the inner command, 128 plus the signal if one ended it. When it returns, no process is left inside.
 //
+// The inner command gets files too; it asks for them with Inherited.
+//
 // Without root it makes a user namespace too: with every id of the user's range in /etc/subuid and /etc/subgid if newuidmap and
 // newgidmap can map them, else with the user's own id alone (Enclosure.SingleUID).
-func Reenter(argv []string) (exitCode int, err error) {
+func Reenter(argv []string, files ...*os.File) (exitCode int, err error) {
 	switch {
 	case !dispatched:
 		return 1, errors.New("enter the sandbox's namespaces: main has to call netns.Dispatch first")
@@ -57,7 +60,7 @@ func Reenter(argv []string) (exitCode int, err error) {
 
 	var failed error
 	for _, m := range mappings() {
-		code, err := enter(argv, m, signals)
+		code, err := enter(argv, files, m, signals)
 		if err == nil {
 			return code, nil
 		}
@@ -67,7 +70,7 @@ func Reenter(argv []string) (exitCode int, err error) {
 }
 
 // enter starts init under one mapping of ids. It fails only before the inner command has started.
-func enter(argv []string, ids mapping, signals <-chan os.Signal) (exitCode int, err error) {
+func enter(argv []string, files []*os.File, ids mapping, signals <-chan os.Signal) (exitCode int, err error) {
 	control, theirs, err := socketPair("control")
 	if err != nil {
 		return 1, err
@@ -77,7 +80,7 @@ func enter(argv []string, ids mapping, signals <-chan os.Signal) (exitCode int, 
 	cmd := exec.CommandContext(context.Background(), "/proc/self/exe") // as long as it takes: signals end it
 	cmd.Args = append([]string{roleInit}, argv...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.ExtraFiles = append([]*os.File{theirs}, files...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces, Pdeathsig: syscall.SIGKILL}
 	ids.prepare(cmd.SysProcAttr)
 	err = cmd.Start()
@@ -96,7 +99,7 @@ func enter(argv []string, ids mapping, signals <-chan os.Signal) (exitCode int, 
 	go func() {
 		defer close(forwarder)
 		send := json.NewEncoder(control)
-		_ = send.Encode(toInit{Go: true})
+		_ = send.Encode(toInit{Go: true, Files: len(files)})
 		for {
 			select {
 			case s := <-signals:

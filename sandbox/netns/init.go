@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -42,12 +43,19 @@ func initMain() int {
 	if err := unix.Sethostname([]byte("mantlet-sandbox")); err != nil {
 		return fail(fmt.Errorf("set the host name of the sandbox: %w", err))
 	}
+	for i := range order.Files {
+		unix.CloseOnExec(firstFile + 1 + i)
+	}
 	own := make(chan os.Signal, 16)
 	signal.Notify(own, append([]os.Signal{marker}, forwarded...)...)
 
 	// Neither os/exec nor os.StartProcess: both keep a handle that wants to wait for the child.
-	inner, err := syscall.ForkExec("/proc/self/exe", append([]string{roleInner}, os.Args[1:]...),
-		&syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}})
+	files := []uintptr{0, 1, 2}
+	for i := range order.Files {
+		files = append(files, firstFile+1+uintptr(i)) // one further here: the socket to the outer process comes first
+	}
+	inner, err := syscall.ForkExec("/proc/self/exe", append([]string{roleInner, strconv.Itoa(order.Files)}, os.Args[1:]...),
+		&syscall.ProcAttr{Env: os.Environ(), Files: files})
 	if err != nil {
 		return fail(fmt.Errorf("start the command inside the sandbox: %w", err))
 	}

@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,6 +26,9 @@ type PodSpec struct {
 type Pod struct {
 	host
 	spec PodSpec
+
+	hostsMu      sync.Mutex
+	hostsWritten bool
 }
 
 // Spec is what the pod was made from.
@@ -101,7 +107,13 @@ func (n *Network) AddPods(ctx context.Context, specs []PodSpec) ([]*Pod, error) 
 }
 
 // Close takes the pod away: its processes, link and network namespace.
-func (p *Pod) Close() error { return p.network.remove(&p.host, p.spec.IPs) }
+func (p *Pod) Close() error {
+	err := p.network.remove(&p.host, p.spec.IPs)
+	if rm := os.Remove(p.hostsFile()); rm != nil && !errors.Is(rm, fs.ErrNotExist) {
+		err = errors.Join(err, rm)
+	}
+	return err
+}
 
 // add makes a host in three steps, which run in its namespace, there with the link in place, and in the node; then its probe process.
 func (n *Network) add(ctx context.Context, h *host, addrs []netip.Addr, prepare, linkThere, linkHere func() error, ports []Port) error {

@@ -43,6 +43,10 @@ type Command struct {
 	// ExtraFiles become file descriptors 3, 4, …
 	ExtraFiles []*os.File
 	User       User
+	// Terminal makes the process the leader of a session whose controlling terminal is Stdin, which must be a terminal.
+	Terminal bool
+	// Unshare are namespaces (unix.CLONE_NEW…) that the process gets of its own.
+	Unshare uintptr
 }
 
 // Process is a running Command. It is the leader of a process group, which a terminal's Ctrl-C does not reach.
@@ -68,7 +72,7 @@ func start(ctx context.Context, ns *os.File, c Command, single bool) (*Process, 
 		Path: c.Path, Args: append([]string{c.Path}, c.Args...), Env: c.Env, Dir: c.Dir,
 		Stdin: c.Stdin, Stdout: c.Stdout, Stderr: c.Stderr, ExtraFiles: c.ExtraFiles,
 		WaitDelay:   closeOutput,
-		SysProcAttr: &syscall.SysProcAttr{Setpgid: true},
+		SysProcAttr: &syscall.SysProcAttr{Setpgid: !c.Terminal, Setsid: c.Terminal, Setctty: c.Terminal, Unshareflags: c.Unshare},
 	}
 	if c.Name != "" {
 		cmd.Args[0] = c.Name
