@@ -85,6 +85,8 @@ var table = []room{
 		why: "flags and wiring; agents are started, not linked"},
 	{path: "sandbox/netns", rooms: []string{"xds/names"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
 		why: "namespaces, links, probes: knows addresses, not policy"},
+	{path: "sandbox/console", rooms: []string{"sandbox/netns"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
+		why: "brings a person's terminal into a pod; what the pod is for is no matter"},
 	{path: "sandbox/matrix", rooms: []string{"controlplane/policy", "controlplane/source", "verdict", "xds/names"}, never: []string{envoyAPI, grpc},
 		why: "who is asked about whom, and the answers side by side; the same for simulation and for real packets"},
 	{path: "sandbox/...", rooms: []string{"sandbox/...", "controlplane/...", "identity/...", "verdict", "xds/...", "api/mantlet/v1", "agent/flows"},
