@@ -62,6 +62,7 @@ type Sandbox struct {
 	enclosure netns.Enclosure
 	running   context.Context // of the agents: it ends with Close
 	end       context.CancelFunc
+	mu        sync.RWMutex // of pods, for those who come from the console: all else happens one after the other
 	pods      map[string]*pod
 	made      map[string]int // how many pods of a name there have been: each has a UID of its own
 	agents    int            // started so far
@@ -122,6 +123,9 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 		return s, err
 	}
 	if err := s.network.SetServices(s.services()); err != nil {
+		return s, err
+	}
+	if err := s.nameHosts(); err != nil {
 		return s, err
 	}
 	return s, s.startAgents(ctx)
@@ -191,6 +195,9 @@ func (s *Sandbox) withUID(p *corev1.Pod) *corev1.Pod {
 }
 
 func (s *Sandbox) makePods(ctx context.Context, list []*corev1.Pod) error {
+	if len(list) == 0 {
+		return nil
+	}
 	s.cfg.Progress("pods", 0, len(list))
 	var specs []netns.PodSpec
 	for _, p := range list {
@@ -204,16 +211,20 @@ func (s *Sandbox) makePods(ctx context.Context, list []*corev1.Pod) error {
 		}
 		specs = append(specs, spec)
 		name := p.Namespace + "/" + p.Name
+		s.mu.Lock()
 		s.pods[name] = &pod{name: name, uid: string(s.uid(p)), spec: p, ports: ports}
+		s.mu.Unlock()
 		s.made[name]++
 	}
 	made, err := s.network.AddPods(ctx, specs)
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
 	for i, p := range list {
 		s.pods[p.Namespace+"/"+p.Name].net = made[i]
 	}
+	s.mu.Unlock()
 	s.cfg.Progress("pods", len(list), len(list))
 	return nil
 }
@@ -336,6 +347,8 @@ func (s *Sandbox) agentRun() (agentRun, error) {
 
 // Pod is a pod's network namespace, to run something else in.
 func (s *Sandbox) Pod(name string) (*netns.Pod, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
 	p, ok := s.pods[name]
 	if !ok {
 		return nil, false

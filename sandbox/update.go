@@ -22,8 +22,9 @@ import (
 
 // Change is what an Update did.
 type Change struct {
-	Objects []string // "NetworkPolicy shop/db changed", sorted
-	// Sidecars were pushed something; all of them had confirmed it InForce after the objects were handed to the control plane.
+	Objects []string  // "NetworkPolicy shop/db changed", sorted
+	Began   time.Time // when the objects were handed to the control plane
+	// Sidecars were pushed something; all of them had confirmed it InForce after Began.
 	Sidecars []string
 	InForce  time.Duration
 	Bytes    uint64 // sent to them
@@ -45,7 +46,7 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 		return c, nil
 	}
 	before := s.cp.Server().Ledger().Totals()
-	began := time.Now()
+	c.Began = time.Now()
 	// First what is there already: the change is in force when these have confirmed it, whatever starting new pods takes.
 	if err := s.cp.Update(s.withUIDs(d), d.deleted); err != nil {
 		return nil, err
@@ -61,14 +62,14 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 	if err := s.confirmed(ctx); err != nil {
 		return nil, err
 	}
-	c.measure(s.cp.Server().Ledger(), began, before)
+	c.measure(s.cp.Server().Ledger(), before)
 	if err := s.network.SetServices(s.services()); err != nil {
 		return nil, err
 	}
-	if len(d.fresh) == 0 {
-		return c, nil
-	}
 	if err := s.makePods(ctx, d.fresh); err != nil {
+		return nil, err
+	}
+	if err := s.nameHosts(); err != nil {
 		return nil, err
 	}
 	return c, s.startAgents(ctx)
@@ -104,8 +105,8 @@ func (s *Sandbox) confirmed(ctx context.Context) error {
 	return nil
 }
 
-// measure reads from the ledger who was sent something since a time, and when the last of it was confirmed.
-func (c *Change) measure(l *server.Ledger, began time.Time, before map[string]server.Counters) {
+// measure reads from the ledger who was sent something since the change began, and when the last of it was confirmed.
+func (c *Change) measure(l *server.Ledger, before map[string]server.Counters) {
 	for typeURL, n := range l.Totals() {
 		if more := n.Bytes - before[typeURL].Bytes; more > 0 {
 			c.Bytes += more
@@ -116,11 +117,11 @@ func (c *Change) measure(l *server.Ledger, began time.Time, before map[string]se
 	for _, st := range l.Snapshot() {
 		pushed := false
 		for _, r := range st.Resources {
-			if r.SentAt.Before(began) {
+			if r.SentAt.Before(c.Began) {
 				continue
 			}
 			pushed = true
-			c.InForce = max(c.InForce, r.AckedAt.Sub(began))
+			c.InForce = max(c.InForce, r.AckedAt.Sub(c.Began))
 		}
 		if pushed {
 			c.Sidecars = append(c.Sidecars, string(st.Client))
@@ -133,7 +134,9 @@ func (s *Sandbox) dropPods(names []string) error {
 	var g errgroup.Group
 	for _, name := range names {
 		p := s.pods[name]
+		s.mu.Lock()
 		delete(s.pods, name)
+		s.mu.Unlock()
 		s.minter.Revoke(p.uid)
 		g.Go(func() error {
 			if p.agent != nil {
