@@ -17,6 +17,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/console"
 	"github.com/mantlet/mantlet/sandbox/netns"
 )
 
@@ -28,13 +29,17 @@ const (
 
 // sandboxOptions are the flags of sandbox alone.
 type sandboxOptions struct {
-	flows          int
+	flows, edits   int
 	watch, verbose bool
 }
 
 // check refuses what cannot go together before anything is started.
 func (o sandboxOptions) check(in *input, args []string) error {
 	switch {
+	case o.edits < 0:
+		return fmt.Errorf("--edits %d: want 0 or more\n  hint: 100 edits make a percentile that means something", o.edits)
+	case o.edits > 0 && in.output != "table":
+		return fmt.Errorf("--edits reports to people and not as %s\n  hint: leave out -o", in.output)
 	case !o.watch:
 		return nil
 	case in.output != "table":
@@ -60,7 +65,7 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 				if err := opts.check(&in, args); err != nil {
 					return err
 				}
-				return outside(&in, args)
+				return outside(&in, args, opts)
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 			defer stop()
@@ -71,8 +76,10 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 			return err
 		},
 	}
+	cmd.AddCommand(newExec(), newShell())
 	in.register(cmd)
 	cmd.Flags().IntVar(&opts.flows, "flows", 1, "how many allowed flows the table shows with the SPIFFE IDs of both ends")
+	cmd.Flags().IntVar(&opts.edits, "edits", 0, "then take policies away and put them back, so many times in all, and tell how long each took to be in force")
 	cmd.Flags().BoolVarP(&opts.watch, "watch", "w", false, "keep running and apply the edits of the manifests as they happen")
 	cmd.Flags().BoolVarP(&opts.verbose, "verbose", "v", false, "log what the control plane does, on standard error")
 	return cmd
@@ -80,23 +87,32 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 
 // outside checks what can be checked without privileges, so that bad input is refused before anything is started, and then runs the
 // same command once more inside its own namespaces.
-func outside(in *input, args []string) error {
+func outside(in *input, args []string, opts sandboxOptions) error {
 	if _, err := sandbox.FindBinaries(); err != nil {
 		return err
 	}
 	for _, f := range append(slices.Clone(in.files), args...) {
 		if f == "-" { // can be read once only: inside
-			return reenter()
+			return reenter(opts)
 		}
 	}
 	if _, err := in.read(args, io.Discard); err != nil {
 		return err
 	}
-	return reenter()
+	return reenter(opts)
 }
 
-func reenter() error {
-	code, err := netns.Reenter(os.Args)
+func reenter(opts sandboxOptions) error {
+	var files []*os.File
+	if opts.watch {
+		door, err := console.Listen()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = door.Close() }()
+		files = append(files, door)
+	}
+	code, err := netns.Reenter(os.Args, files...)
 	if err != nil {
 		return err
 	}
@@ -120,12 +136,13 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 	if opts.verbose {
 		level = slog.LevelDebug
 	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	bar := newProgress(stderr)
 	defer bar.clear()
 	began := time.Now()
 	s, err := sandbox.Start(ctx, sandbox.Config{
 		Manifests: w.manifests, Policy: w.config, Options: w.options, Binaries: bins, Progress: bar.show,
-		Log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level})),
+		Log: log,
 	})
 	if err != nil {
 		return err
@@ -142,11 +159,16 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 		fmt.Fprintf(cmd.OutOrStdout(), "\npods and sidecars ready after %s; %d connections tried in %s\n",
 			started.Round(10*time.Millisecond), len(w.attempts), tried.Round(10*time.Millisecond))
 	}
+	if err == nil {
+		err = w.edits(ctx, cmd.OutOrStdout(), s, opts.edits)
+	}
 	mismatches := 0
 	if err == nil {
 		mismatches = res.Report.Summary.Mismatches
 		if opts.watch {
+			endConsole := serveConsole(ctx, s, log)
 			mismatches, err = in.watch(ctx, cmd, s, w)
+			err = errors.Join(err, endConsole())
 		}
 	}
 	if err = errors.Join(err, s.Close()); err != nil {

@@ -30,7 +30,9 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 		return 0, err
 	}
 	out, stderr := cmd.OutOrStdout(), cmd.ErrOrStderr()
-	fmt.Fprintln(stderr, "watching for edits; Ctrl-C ends it")
+	var took latencies
+	defer func() { took.report(out) }()
+	fmt.Fprintln(stderr, "watching for edits; Ctrl-C ends it; `mantlet sandbox shell POD` enters a pod")
 	for {
 		select {
 		case <-ctx.Done():
@@ -55,6 +57,7 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 		if len(change.Objects) == 0 {
 			continue
 		}
+		took.add(change)
 		n, err := in.report(ctx, out, s, w, next, change, written)
 		if err != nil {
 			return mismatches, err
@@ -128,8 +131,8 @@ func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, 
 	if len(c.Sidecars) == 0 {
 		fmt.Fprintln(out, "  no running sidecar had to be told")
 	} else {
-		fmt.Fprintf(out, "  in force after %s in %d sidecars, %d bytes of %s: %s\n", c.InForce.Round(10*time.Microsecond), len(c.Sidecars), c.Bytes,
-			strings.Join(c.Types, ", "), strings.Join(c.Sidecars, ", "))
+		fmt.Fprintf(out, "  in force after %s (%s after it was written) in %d sidecars, %d bytes of %s: %s\n", c.InForce.Round(10*time.Microsecond),
+			c.Began.Add(c.InForce).Sub(written).Round(time.Millisecond), len(c.Sidecars), c.Bytes, strings.Join(c.Types, ", "), strings.Join(c.Sidecars, ", "))
 	}
 	was := verdicts(matrix.Simulate(old.index, old.attempts))
 	res, err := s.Try(ctx, next.attempts)
