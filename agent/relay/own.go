@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -31,8 +33,22 @@ type own struct {
 	version string // of what was applied last; empty: nothing was
 }
 
-// Subscribe has each stream carry a resource for the agent. It is for before [Relay.Register].
-func (r *Relay) Subscribe(o Own) { r.own = &own{Own: o, logger: r.logger} }
+// Subscribe has each stream carry a resource for the agent, one of each type. It is for before [Relay.Register], and panics where the type
+// has one already.
+func (r *Relay) Subscribe(o Own) {
+	if r.own[o.TypeURL] != nil {
+		panic("relay: two resources of the agent's have the type " + o.TypeURL)
+	}
+	r.own[o.TypeURL] = &own{Own: o, logger: r.logger}
+}
+
+// subscriptions are the agent's first requests on a stream, in the order of their types.
+func (r *Relay) subscriptions() (list [][]byte) {
+	for _, url := range slices.Sorted(maps.Keys(r.own)) {
+		list = append(list, r.own[url].subscription())
+	}
+	return list
+}
 
 // begin says which stream counts from here on: one that was overtaken must not bring back what it has received.
 func (o *own) begin(s *session) {

@@ -128,13 +128,45 @@ func TestOwnResponseWithoutNonce(t *testing.T) {
 func TestOwnOfAnOvertakenStream(t *testing.T) {
 	b, got := ownBench(t)
 	before, now := b.relay.ledger.stream(), b.relay.ledger.stream()
-	b.relay.own.begin(before)
-	b.relay.own.begin(now)
+	b.relay.own[ownType].begin(before)
+	b.relay.own[ownType].begin(now)
 	m := ownResponse("1", ownResource("mine", "v1", "first"))
-	if answer := b.relay.own.take(before, response{nonce: "1"}, marshal(t, m)); answer != nil || len(got.values) > 0 {
+	if answer := b.relay.own[ownType].take(before, response{nonce: "1"}, marshal(t, m)); answer != nil || len(got.values) > 0 {
 		t.Errorf("answered with %x, applied %q", answer, got.values)
 	}
-	if answer := b.relay.own.take(now, response{nonce: "1"}, marshal(t, m)); answer == nil || len(got.values) != 1 {
+	if answer := b.relay.own[ownType].take(now, response{nonce: "1"}, marshal(t, m)); answer == nil || len(got.values) != 1 {
 		t.Errorf("the stream that counts: answered with %x, applied %q", answer, got.values)
+	}
+}
+
+// Several types: each is subscribed to, answered and refused by itself.
+func TestOwnResourcesOfSeveralTypes(t *testing.T) {
+	b, got := newBench(t), map[string]*applied{"x/a": {}, "x/b": {}}
+	for _, url := range []string{"x/b", "x/a"} {
+		b.relay.Subscribe(Own{TypeURL: url, Name: "mine", Apply: got[url].Apply})
+	}
+	close(b.ready)
+	b.connect()
+	up := b.upstream()
+	wantRequest(t, up, &deltaRequest{TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}})
+	for _, url := range []string{"x/a", "x/b"} {
+		wantRequest(t, up, &deltaRequest{TypeUrl: url, ResourceNamesSubscribe: []string{"mine"}})
+	}
+	of := func(url, nonce, value string) *deltaResponse {
+		return &deltaResponse{TypeUrl: url, Nonce: nonce, Resources: []*discoveryv3.Resource{
+			{Name: "mine", Version: "v" + nonce, Resource: &anypb.Any{TypeUrl: url, Value: []byte(value)}}}}
+	}
+	send(t, up, of("x/b", "1", "for b"))
+	wantRequest(t, up, &deltaRequest{TypeUrl: "x/b", ResponseNonce: "1"})
+	send(t, up, of("x/a", "2", "bad"))
+	refusal := nack("2", "bad bytes")
+	refusal.TypeUrl = "x/a"
+	wantRequest(t, up, refusal)
+	send(t, up, of("x/a", "3", "for a"))
+	wantRequest(t, up, &deltaRequest{TypeUrl: "x/a", ResponseNonce: "3"})
+	for url, want := range map[string]string{"x/a": "for a", "x/b": "for b"} {
+		if !slices.Equal(got[url].values, []string{want}) {
+			t.Errorf("%s applied %q", url, got[url].values)
+		}
 	}
 }

@@ -29,7 +29,7 @@ type Relay struct {
 	ready    <-chan struct{}
 	logger   *slog.Logger
 	ledger   *Ledger
-	own      *own // nil: all is for Envoy
+	own      map[string]*own // by type URL; all else is for Envoy
 
 	closed context.Context // ended by Close
 	close  context.CancelFunc
@@ -46,7 +46,7 @@ type Relay struct {
 // New returns a relay to the control plane that upstream reaches ([Upstream.Connect]). It calls there only after ready is closed:
 // when there is an SVID to show.
 func New(upstream grpc.ClientConnInterface, ready <-chan struct{}, logger *slog.Logger) *Relay {
-	r := &Relay{upstream: upstream, ready: ready, logger: logger, ledger: newLedger(logger), turn: make(chan struct{}, 1)}
+	r := &Relay{upstream: upstream, ready: ready, logger: logger, ledger: newLedger(logger), own: map[string]*own{}, turn: make(chan struct{}, 1)}
 	r.closed, r.close = context.WithCancel(context.Background())
 	return r
 }
@@ -93,8 +93,8 @@ func (r *Relay) carry(down grpc.ServerStream) error {
 	}
 	defer func() { <-r.turn }()
 	session := r.ledger.stream()
-	if r.own != nil {
-		r.own.begin(session)
+	for _, o := range r.own {
+		o.begin(session)
 	}
 
 	up, err := r.open(ctx)
@@ -220,7 +220,7 @@ func (r *Relay) pump(ctx context.Context, cancel context.CancelFunc, s *session,
 // requests carries what Envoy asks, and after its first request, which says whose stream it is, what the agent asks. It returns nil
 // where the control plane's stream has ended.
 func (r *Relay) requests(s *session, to *requester, down grpc.ServerStream) error {
-	asked := r.own == nil
+	asked := false
 	for {
 		f := new(frame)
 		if err := down.RecvMsg(f); err != nil {
@@ -231,13 +231,15 @@ func (r *Relay) requests(s *session, to *requester, down grpc.ServerStream) erro
 			return err
 		}
 		s.request(req)
-		err = to.send(f.bytes)
-		if err == nil && !asked {
+		messages := [][]byte{f.bytes}
+		if !asked {
 			asked = true
-			err = to.send(r.own.subscription())
+			messages = append(messages, r.subscriptions()...)
 		}
-		if err != nil {
-			return nil //nolint:nilerr // responses learns from the same stream how it ended
+		for _, m := range messages {
+			if err := to.send(m); err != nil {
+				return nil //nolint:nilerr // responses learns from the same stream how it ended
+			}
 		}
 	}
 }
@@ -253,12 +255,12 @@ func (r *Relay) responses(s *session, up grpc.ClientStream, to *requester, down 
 		if err != nil {
 			return err
 		}
-		if r.own != nil && resp.typeURL == r.own.TypeURL {
+		if own := r.own[resp.typeURL]; own != nil {
 			if resp.nonce == "" {
 				return errNoNonce
 			}
 			r.answered()
-			if answer := r.own.take(s, resp, f.bytes); answer != nil {
+			if answer := own.take(s, resp, f.bytes); answer != nil {
 				_ = to.send(answer) // where the stream has ended, the next RecvMsg says how
 			}
 			continue
