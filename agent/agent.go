@@ -177,7 +177,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return named("agent socket", server.Serve(guarded{a.socket, a.peer, a.cfg.Logger})) })
 	parts.Go(func() error { return named("status socket", probes.Serve(a.statusSocket)) })
 	parts.Go(func() error { return a.source.Run(rest) })
-	parts.Go(func() error { return a.redirect.Guard(rest) })
+	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect) })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {
 		<-failed.Done()

@@ -215,7 +215,7 @@ func TestRedirectIsGuarded(t *testing.T) {
 	if err := conn.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	w.log.await(t, "repair", func(s string) bool { return strings.Contains(s, "redirect is in place again") })
+	w.log.await(t, "repair", func(s string) bool { return strings.Contains(s, "the table is in place again") })
 	if err := Ready(t.Context(), w.cfg.RunDir, patience); err != nil {
 		t.Error(err)
 	}

@@ -20,7 +20,7 @@ func TestCheck(t *testing.T) {
 	}{
 		"table deleted": {func(c *nftables.Conn) { c.DelTable(table()) }, "is gone"},
 		"rules flushed": {func(c *nftables.Conn) { c.FlushTable(table()) }, "0 rules"},
-		"chain flushed": {func(c *nftables.Conn) { c.FlushChain(&nftables.Chain{Name: "output", Table: table()}) }, "chain output has 0 rules"},
+		"chain flushed": {func(c *nftables.Conn) { c.FlushChain(&nftables.Chain{Name: "output", Table: table()}) }, "chain output: it has 0 rules"},
 		"rule in front": {func(c *nftables.Conn) {
 			c.InsertRule(&nftables.Rule{Table: table(), Chain: &nftables.Chain{Name: "output", Table: table()},
 				Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}})
@@ -32,12 +32,12 @@ func TestCheck(t *testing.T) {
 			c.DelTable(table())
 			c.AddTable(table())
 			for _, w := range other.chains() {
-				c.AddChain(w.chain)
-				for _, e := range w.rules {
-					c.AddRule(&nftables.Rule{Table: w.chain.Table, Chain: w.chain, Exprs: e})
+				c.AddChain(w.Chain)
+				for _, e := range w.Rules {
+					c.AddRule(&nftables.Rule{Table: w.Table, Chain: w.Chain, Exprs: e})
 				}
 			}
-		}, "chain output, rule 3"},
+		}, "chain output: rule 3"},
 	}
 	for name, tt := range tamper {
 		t.Run(name, func(t *testing.T) {
@@ -89,7 +89,7 @@ func (a *awaited) Write(b []byte) (int, error) {
 
 func TestGuardRepairs(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
-	log := &awaited{want: "redirect is in place again", seen: make(chan struct{}, 1)}
+	log := &awaited{want: "the table is in place again", seen: make(chan struct{}, 1)}
 	r, err := New(ByMark(), slog.New(slog.NewTextHandler(log, nil)))
 	if err != nil {
 		t.Fatal(err)
@@ -97,7 +97,7 @@ func TestGuardRepairs(t *testing.T) {
 	defer r.Remove()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- r.Guard(ctx) }()
+	go func() { ended <- Guard(ctx, r.logger, r) }()
 	<-log.seen // there was no table at all
 	for range 3 {
 		conn, err := nftables.New()

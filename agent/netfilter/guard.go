@@ -2,25 +2,39 @@ package netfilter
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
-// Guard watches the table until ctx ends: whenever any nftables transaction of the network namespace commits, the table is checked
-// and, where it is not as Apply writes it, reported as an error and written again. It returns nil when ctx ended and an error where
-// it cannot watch or repair; the pod must then not count as enforced.
+// Table is one of the family inet that Guard keeps as it should be. Check and Repair are called one at a time, but beside whatever else the
+// table's owner does: where the owner changes rules, chains or sets meanwhile it must not let Check see half of that.
+type Table interface {
+	Name() string
+	Check() error  // nil: it is as it should be
+	Repair() error // writes it again
+}
+
+// Guard watches tables of one network namespace, that of the calling thread, until ctx ends. Whenever an nftables transaction that touches
+// one of them commits, that one is checked and, where it is not as it should be, reported as an error and written again. Elements of sets do
+// not count: whoever keeps verdicts in sets may write thousands a second. It returns nil when ctx ended and an error where it cannot watch or
+// repair; the pod must then not count as enforced.
 //
-// Whoever can change the table has CAP_NET_ADMIN in the pod and could do worse; Guard is against mistakes (a flush by hand,
-// another tool), not against them.
-func (r *Redirect) Guard(ctx context.Context) error {
+// Whoever can change a table has CAP_NET_ADMIN in the pod and could do worse; Guard is against mistakes (a flush by hand, another
+// tool), not against them.
+func Guard(ctx context.Context, logger *slog.Logger, tables ...Table) error {
+	g := guard{logger: logger, tables: tables}
 	for {
-		lost, err := r.watch(ctx)
+		lost, err := g.watch(ctx)
 		if err != nil || ctx.Err() != nil {
 			return err
 		}
-		r.logger.Warn("redirect: lost track of nftables changes, watching anew", "cause", lost)
+		logger.Warn("netfilter: lost track of nftables changes, watching anew", "cause", lost)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -29,57 +43,98 @@ func (r *Redirect) Guard(ctx context.Context) error {
 	}
 }
 
+type guard struct {
+	logger *slog.Logger
+	tables []Table
+}
+
 // watch repairs on every change until ctx ends (nil, nil), the events stop coming (lost) or a repair fails (err).
-func (r *Redirect) watch(ctx context.Context) (lost, err error) {
-	conn, err := nftables.New(nftables.AsLasting())
+func (g *guard) watch(ctx context.Context) (lost, err error) {
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
-		return nil, fmt.Errorf("redirect: open nftables: %w", err)
+		return nil, fmt.Errorf("netfilter: open netlink: %w", err)
 	}
-	monitor := nftables.NewMonitor()
-	events, err := conn.AddGenerationalMonitor(monitor)
-	if err != nil {
-		_ = conn.CloseLasting()
-		return nil, fmt.Errorf("redirect: watch nftables: %w", err)
+	defer conn.Close()
+	if err := errors.Join(conn.SetReadBuffer(4<<20), conn.JoinGroup(unix.NFNLGRP_NFTABLES)); err != nil {
+		return nil, fmt.Errorf("netfilter: watch nftables: %w", err)
 	}
-	defer func() {
-		_ = conn.CloseLasting()
-		for range events { // the monitor ends by closing the channel, and may be sending to it
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
+	for _, t := range g.tables { // what happened before the watch began
+		if err := g.repair(t); err != nil {
+			return nil, err
 		}
-	}()
-	if err := r.repair(); err != nil { // what happened before the watch began
-		return nil, err
 	}
+	touched := map[string]bool{} // by the transaction that is being told of
 	for {
-		select {
-		case <-ctx.Done():
+		events, err := conn.Receive()
+		if ctx.Err() != nil {
 			return nil, nil
-		case batch, ok := <-events:
-			if !ok {
-				return fmt.Errorf("the kernel closed the event stream"), nil
+		}
+		if err != nil {
+			return err, nil
+		}
+		for _, e := range events {
+			table, committed := event(e)
+			touched[table] = true
+			if !committed {
+				continue
 			}
-			if batch.GeneratedBy.Type == nftables.MonitorEventTypeOOB {
-				return batch.GeneratedBy.Error, nil
+			for _, t := range g.tables {
+				if !touched[t.Name()] {
+					continue
+				}
+				if err := g.repair(t); err != nil {
+					return nil, err
+				}
 			}
-			if err := r.repair(); err != nil {
-				return nil, err
-			}
+			clear(touched)
 		}
 	}
 }
 
-// repair writes the table again if it is not as it should be.
-func (r *Redirect) repair() error {
-	broken := r.Check()
+// event tells which table of the family inet an event is about, other than about elements of its sets, and whether it ends a transaction.
+func event(m netlink.Message) (table string, committed bool) {
+	const (
+		header = 4 // nfgenmsg: the family first
+		named  = 1 // the attribute with the table's name: NFTA_TABLE_NAME, NFTA_CHAIN_TABLE, NFTA_RULE_TABLE, …
+	)
+	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < header {
+		return "", false
+	}
+	switch m.Header.Type & 0xff {
+	case unix.NFT_MSG_NEWGEN:
+		return "", true
+	case unix.NFT_MSG_NEWSETELEM, unix.NFT_MSG_DELSETELEM:
+		return "", false
+	}
+	if m.Data[0] != byte(nftables.TableFamilyINet) {
+		return "", false
+	}
+	attributes, err := netlink.NewAttributeDecoder(m.Data[header:])
+	if err != nil {
+		return "", false
+	}
+	for attributes.Next() {
+		if attributes.Type() == named {
+			return attributes.String(), false
+		}
+	}
+	return "", false
+}
+
+// repair writes a table again if it is not as it should be.
+func (g *guard) repair(t Table) error {
+	broken := t.Check()
 	if broken == nil {
 		return nil
 	}
-	r.logger.Error("redirect: somebody changed the pod's redirect; writing it again", "found", broken)
-	if err := r.Apply(); err != nil {
+	g.logger.Error("netfilter: somebody changed a table of the pod; writing it again", "table", t.Name(), "found", broken)
+	if err := t.Repair(); err != nil {
 		return err
 	}
-	if err := r.Check(); err != nil {
+	if err := t.Check(); err != nil {
 		return err
 	}
-	r.logger.Warn("redirect: the pod's redirect is in place again")
+	g.logger.Warn("netfilter: the table is in place again", "table", t.Name())
 	return nil
 }

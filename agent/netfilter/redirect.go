@@ -66,9 +66,9 @@ func (r *Redirect) Apply() error {
 	conn.DelTable(table())
 	conn.AddTable(table())
 	for _, want := range r.cfg.chains() {
-		conn.AddChain(want.chain)
-		for _, exprs := range want.rules {
-			conn.AddRule(&nftables.Rule{Table: want.chain.Table, Chain: want.chain, Exprs: exprs})
+		conn.AddChain(want.Chain)
+		for _, exprs := range want.Rules {
+			conn.AddRule(&nftables.Rule{Table: want.Table, Chain: want.Chain, Exprs: exprs})
 		}
 	}
 	if err := conn.Flush(); err != nil {
@@ -90,41 +90,17 @@ func (r *Redirect) Remove() error {
 	return nil
 }
 
+// Name is the table's.
+func (r *Redirect) Name() string { return tableName }
+
 // Check reads the table back and fails where it is not what Apply writes: a chain or a rule is missing, changed, added or in
 // another place.
 func (r *Redirect) Check() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("redirect: open nftables: %w", err)
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("redirect: read tables: %w", err)
-	}
-	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName })
-	if i < 0 {
-		return fmt.Errorf("redirect: table inet %s is gone", tableName)
-	}
-	if tables[i].Flags != 0 {
-		return fmt.Errorf("redirect: table inet %s has flags %#x (dormant?), not 0", tableName, tables[i].Flags)
-	}
-	chains, err := conn.ListChainsOfTableFamily(nftables.TableFamilyINet)
-	if err != nil {
-		return fmt.Errorf("redirect: read chains: %w", err)
-	}
-	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != tableName })
-	want := r.cfg.chains()
-	if len(chains) != len(want) {
-		return fmt.Errorf("redirect: table inet %s has %d chains, not %d", tableName, len(chains), len(want))
-	}
-	for _, w := range want {
-		i := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Name == w.chain.Name })
-		if i < 0 {
-			return fmt.Errorf("redirect: chain %s is gone", w.chain.Name)
-		}
-		if err := w.check(conn, chains[i]); err != nil {
-			return err
-		}
+	if err := (Layout{Table: tableName, Chains: r.cfg.chains()}).Check(); err != nil {
+		return fmt.Errorf("redirect: %w", err)
 	}
 	return nil
 }
+
+// Repair is Apply, for Guard.
+func (r *Redirect) Repair() error { return r.Apply() }
