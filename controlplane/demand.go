@@ -5,6 +5,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds"
 	"github.com/mantlet/mantlet/xds/names"
@@ -26,18 +27,22 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 	if !cp.loaded {
 		return nil, false
 	}
-	d, ok := cp.index.Destination(verdict.TCP, to)
+	d, ok := cp.index.DestinationFor(string(client), verdict.TCP, to)
 	depends := []string{addrKey(to.Addr())}
 	if d.Service != "" {
 		depends = append(depends, serviceKey(d.Service))
 	}
-	var endpoints []xds.Endpoint
-	for _, e := range d.Endpoints {
-		depends = append(depends, addrKey(e.Addr.Addr())) // somebody else may come to have it
-		if e.Pod != "" {
-			depends = append(depends, podKey(e.Pod))
+	for _, list := range [][]policy.Endpoint{d.Endpoints, d.Others} { // the answer rests on the same for everybody who asks
+		for _, e := range list {
+			depends = append(depends, addrKey(e.Addr.Addr())) // somebody else may come to have it
+			if e.Pod != "" {
+				depends = append(depends, podKey(e.Pod))
+			}
 		}
-		if capturePort(e.Addr) || !cp.index.Answer(string(client), verdict.TCP, e.Addr).Allowed {
+	}
+	var endpoints []xds.Endpoint
+	for _, e := range cp.index.Admitted(string(client), d) {
+		if capturePort(e.Addr) {
 			continue
 		}
 		id := e.ID

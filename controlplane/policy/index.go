@@ -41,6 +41,7 @@ type Index struct {
 	identities map[spiffeid.ID]*ident
 	subjects   map[string]*Subject
 	services   services
+	zones      map[string]string // by node; of those that are in one
 
 	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
@@ -94,6 +95,7 @@ func NewIndex(c Config) *Index {
 		identities:     map[spiffeid.ID]*ident{},
 		subjects:       map[string]*Subject{},
 		services:       newServices(),
+		zones:          map[string]string{},
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
 		volatileKeys:   map[string]int{},
@@ -173,6 +175,8 @@ func (x *Index) Apply(obj metav1.Object) (Delta, error) {
 		}
 	case *networkingv1.NetworkPolicy:
 		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, parsePolicy(o), c)
+	case *corev1.Node:
+		x.setZone(o.Name, o.Labels[corev1.LabelTopologyZone], c)
 	case *corev1.Service:
 		x.services.set(o, c)
 	case *discoveryv1.EndpointSlice:
@@ -193,6 +197,8 @@ func (x *Index) Delete(obj metav1.Object) (Delta, error) {
 		x.removePod(o.Namespace+"/"+o.Name, c)
 	case *networkingv1.NetworkPolicy:
 		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, nil, c)
+	case *corev1.Node:
+		x.setZone(o.Name, "", c)
 	case *corev1.Service:
 		x.services.remove(o, c)
 	case *discoveryv1.EndpointSlice:
@@ -206,6 +212,9 @@ func (x *Index) Delete(obj metav1.Object) (Delta, error) {
 // ApplyAll feeds a whole set of objects.
 func (x *Index) ApplyAll(o *Objects) error {
 	var all []metav1.Object
+	for _, n := range o.Nodes {
+		all = append(all, n)
+	}
 	for _, n := range o.Namespaces {
 		all = append(all, n)
 	}

@@ -21,6 +21,7 @@ type pod struct {
 	uid       string
 	created   time.Time
 	namespace string
+	node      string // spec.nodeName
 	labels    map[string]string
 	ips       []netip.Addr
 	hostIPs   []netip.Addr
@@ -111,7 +112,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 		return fmt.Errorf("pod %s: %w", key, err)
 	}
 	p := &pod{
-		key: key, uid: string(o.UID), created: o.CreationTimestamp.Time, namespace: o.Namespace, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
+		key: key, uid: string(o.UID), created: o.CreationTimestamp.Time, namespace: o.Namespace, node: o.Spec.NodeName, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
 		sidecar: o.Annotations[SidecarAnnotation] == SidecarInjected,
 	}
 	if p.ips, err = podAddrs(o.Status.PodIP, o.Status.PodIPs); err != nil {
@@ -131,7 +132,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 
 // same reports whether nothing that decides has changed.
 func (p *pod) same(q *pod, id spiffeid.ID) bool {
-	return p.ident.id == id && p.uid == q.uid && p.created.Equal(q.created) && p.sidecar == q.sidecar && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
+	return p.ident.id == id && p.uid == q.uid && p.created.Equal(q.created) && p.sidecar == q.sidecar && p.node == q.node && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
 		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports)
 }
 
@@ -375,4 +376,20 @@ func addrs(one string, list []string) ([]netip.Addr, error) {
 		out = append(out, a.Unmap().WithZone(""))
 	}
 	return out, nil
+}
+
+// setZone says in which zone a node is; "": in none that is known. Its pods then may have other endpoints of services than before.
+func (x *Index) setZone(node, zone string, c *change) {
+	if x.zones[node] == zone {
+		return
+	}
+	x.zones[node] = zone
+	if zone == "" {
+		delete(x.zones, node)
+	}
+	for key, p := range x.pods {
+		if p.node == node {
+			c.pods[key] = true
+		}
+	}
 }

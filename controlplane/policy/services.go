@@ -8,12 +8,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// services holds Services and their EndpointSlices.
+// services holds Services and their EndpointSlices, as they are; destination.go says what they mean to a client.
 type services struct {
 	byKey  map[string]*service // by "namespace/name"
 	claims map[netip.Addr][]*service
@@ -26,6 +24,9 @@ type service struct {
 	addrs  []netip.Addr // cluster IPs; none for headless and ExternalName services
 	ports  []servicePort
 	slices map[string]*discoveryv1.EndpointSlice
+
+	sticky bool // sessionAffinity: ClientIP
+	local  bool // internalTrafficPolicy: Local
 }
 
 type servicePort struct {
@@ -51,6 +52,8 @@ func (s *services) set(o *corev1.Service, c *change) {
 	v := s.get(o.Namespace + "/" + o.Name)
 	s.unmap(v)
 	v.since, v.addrs, v.ports = o.CreationTimestamp.Time, nil, nil
+	v.sticky = o.Spec.SessionAffinity == corev1.ServiceAffinityClientIP
+	v.local = deref(o.Spec.InternalTrafficPolicy) == corev1.ServiceInternalTrafficPolicyLocal
 	ips := o.Spec.ClusterIPs
 	if len(ips) == 0 {
 		ips = []string{o.Spec.ClusterIP}
@@ -137,78 +140,6 @@ func (s *services) removeSlice(o *discoveryv1.EndpointSlice, c *change) {
 	delete(v.slices, o.Name)
 	c.services[v.key] = true
 	s.drop(v)
-}
-
-// Endpoint is a place where a connection may end up.
-type Endpoint struct {
-	Addr    netip.AddrPort
-	Pod     string      // "namespace/name"; empty: no pod, for example an address outside
-	ID      spiffeid.ID // the pod's identity; zero without a pod
-	Sidecar bool
-}
-
-// Destination is what an address and port inside the cluster stand for.
-type Destination struct {
-	Service   string // "namespace/name"; empty: the address of a pod
-	Protocol  verdict.Protocol
-	Endpoints []Endpoint // sorted by address
-}
-
-// Destination looks up a service's cluster IP and port, or a pod's address with any port. It returns false for an address that is
-// neither, and for a port that the service does not have.
-func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
-	addr := to.Addr().Unmap()
-	if v := x.services.owner(addr); v != nil {
-		for _, p := range v.ports {
-			if p.number == to.Port() && p.protocol == proto {
-				return Destination{Service: v.key, Protocol: proto, Endpoints: x.endpoints(v, p, addr.Is4())}, true
-			}
-		}
-		return Destination{}, false
-	}
-	if x.owner(addr) != nil {
-		return Destination{Protocol: proto, Endpoints: []Endpoint{x.endpoint(netip.AddrPortFrom(addr, to.Port()))}}, true
-	}
-	return Destination{}, false
-}
-
-// endpoints collects the ready endpoints of a service port in one family. Slices say ready for services that publish addresses
-// which are not (EndpointConditions.ready).
-func (x *Index) endpoints(v *service, p servicePort, v4 bool) []Endpoint {
-	var out []Endpoint
-	for _, s := range v.slices {
-		if (s.AddressType == discoveryv1.AddressTypeIPv4) != v4 || s.AddressType == discoveryv1.AddressTypeFQDN {
-			continue
-		}
-		for _, sp := range s.Ports {
-			if sp.Port == nil || *sp.Port < 1 || *sp.Port > 65535 || deref(sp.Name) != p.name {
-				continue
-			}
-			if proto, err := verdict.ParseProtocol(string(deref(sp.Protocol))); err != nil || proto != p.protocol {
-				continue
-			}
-			for _, e := range s.Endpoints {
-				if e.Conditions.Ready != nil && !*e.Conditions.Ready {
-					continue
-				}
-				for _, a := range e.Addresses {
-					if addr, err := netip.ParseAddr(a); err == nil {
-						out = append(out, x.endpoint(netip.AddrPortFrom(addr.Unmap(), uint16(*sp.Port))))
-					}
-				}
-			}
-		}
-	}
-	slices.SortFunc(out, func(a, b Endpoint) int { return a.Addr.Compare(b.Addr) })
-	return slices.CompactFunc(out, func(a, b Endpoint) bool { return a.Addr == b.Addr })
-}
-
-func (x *Index) endpoint(a netip.AddrPort) Endpoint {
-	e := Endpoint{Addr: a}
-	if p := x.owner(a.Addr()); p != nil {
-		e.Pod, e.ID, e.Sidecar = p.key, p.ident.id, p.sidecar
-	}
-	return e
 }
 
 func deref[T any](p *T) T {

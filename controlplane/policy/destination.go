@@ -1,0 +1,266 @@
+package policy
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// Endpoint is a place where a connection may end up.
+type Endpoint struct {
+	Addr    netip.AddrPort
+	Pod     string      // "namespace/name"; empty: no pod, for example an address outside
+	ID      spiffeid.ID // the pod's identity; zero without a pod
+	Sidecar bool
+}
+
+// Destination is what an address and port inside the cluster stand for.
+type Destination struct {
+	Service  string // "namespace/name"; empty: the address of a pod
+	Protocol verdict.Protocol
+	// Endpoints are those that the node's service proxy would choose from, whatever policies say; sorted by address.
+	Endpoints []Endpoint
+	// Others are the service's remaining ones: not ready, or meant for clients on other nodes or in other zones.
+	Others []Endpoint
+	// Local says that the service has endpoints for clients on their own node only (internalTrafficPolicy: Local).
+	Local bool
+	// Sticky says that all connections of a client go to one and the same endpoint (sessionAffinity: ClientIP); see Admitted.
+	Sticky bool
+}
+
+// Destination looks up a service's cluster IP and port, or a pod's address with any port, for nobody in particular: nodes and zones
+// make no difference. It returns false for an address that is neither, and for a port that the service does not have.
+func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
+	return x.destination(proto, to, anywhereInCluster)
+}
+
+// DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in.
+func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
+	var at place
+	if p := x.pods[client]; p != nil {
+		at = place{node: p.node, zone: x.zones[p.node]}
+	}
+	return x.destination(proto, to, at)
+}
+
+func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from place) (Destination, bool) {
+	addr := to.Addr().Unmap()
+	if v := x.services.owner(addr); v != nil {
+		for _, p := range v.ports {
+			if p.number == to.Port() && p.protocol == proto {
+				return x.behind(v, p, addr.Is4(), from), true
+			}
+		}
+		return Destination{}, false
+	}
+	if x.owner(addr) != nil {
+		return Destination{Protocol: proto, Endpoints: []Endpoint{x.endpoint(netip.AddrPortFrom(addr, to.Port()))}}, true
+	}
+	return Destination{}, false
+}
+
+// Admitted are those of a destination's endpoints that a client pod may be sent to: the policies of both ends admit it there (see
+// Answer). Of a sticky destination it is one, always the same one as long as that is admitted: an endpoint more or less moves
+// a client only to the new one, or away from the one that went. Unlike a service proxy's, which forgets a client after
+// spec.sessionAffinityConfig.clientIP.timeoutSeconds without a connection, this choice has nothing to forget and never times out.
+func (x *Index) Admitted(client string, d Destination) []Endpoint {
+	var out []Endpoint
+	for _, e := range d.Endpoints {
+		if x.Answer(client, d.Protocol, e.Addr).Allowed {
+			out = append(out, e)
+		}
+	}
+	if p := x.pods[client]; d.Sticky && len(out) > 1 {
+		out = []Endpoint{stick(sourceAddr(p, out[0].Addr.Addr()), out)}
+	}
+	return out
+}
+
+// stick chooses by rendezvous hashing: the endpoint of which the hash with the client's address is the greatest. The port is
+// not hashed: on all ports of a service a client meets the same pod.
+func stick(client netip.Addr, endpoints []Endpoint) Endpoint {
+	weigh := func(e Endpoint) [sha256.Size]byte {
+		a, b := client.As16(), e.Addr.Addr().As16()
+		return sha256.Sum256(append(a[:], b[:]...))
+	}
+	best, most := endpoints[0], weigh(endpoints[0])
+	for _, e := range endpoints[1:] {
+		if w := weigh(e); slices.Compare(w[:], most[:]) > 0 {
+			best, most = e, w
+		}
+	}
+	return best
+}
+
+// ServicePort is one port of a service as one pod may use it.
+type ServicePort struct {
+	Addr      netip.AddrPort   // cluster IP and port
+	Endpoints []netip.AddrPort // where to send it, any of them; sorted. Empty: nowhere
+}
+
+// ServicePorts lists what a client pod ("namespace/name") may use of the services' ports of a protocol, sorted by address: for
+// protocols that no sidecar balances. It rests on all services, all pods and the policies of both ends.
+func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePort {
+	var out []ServicePort
+	for _, addr := range slices.SortedFunc(maps.Keys(x.services.claims), netip.Addr.Compare) {
+		for _, p := range x.services.owner(addr).ports {
+			if p.protocol != proto {
+				continue
+			}
+			sp := ServicePort{Addr: netip.AddrPortFrom(addr, p.number)}
+			d, _ := x.DestinationFor(client, proto, sp.Addr)
+			for _, e := range x.Admitted(client, d) {
+				sp.Endpoints = append(sp.Endpoints, e.Addr)
+			}
+			out = append(out, sp)
+		}
+	}
+	slices.SortFunc(out, func(a, b ServicePort) int { return a.Addr.Compare(b.Addr) })
+	return out
+}
+
+// place is where a client is. What is empty is not known, and is the same as nothing.
+type place struct{ node, zone string }
+
+// anywhereInCluster is a client to which neither nodes nor zones make a difference.
+var anywhereInCluster = place{node: "*", zone: "*"}
+
+// candidate is an endpoint with what decides whether it is used (discovery/v1 Endpoint, k8s.io/api v0.37).
+type candidate struct {
+	Endpoint
+	ready bool
+	// leaving: it terminates and still serves.
+	leaving            bool
+	node               string
+	forNodes, forZones []string
+}
+
+// behind chooses among the endpoints of a service port in one family as kube-proxy does:
+//
+//   - internalTrafficPolicy Local (core/v1 ServiceSpec): only those on the client's node;
+//   - else those that hints.forNodes means for the client's node, if every ready one has such a hint and one is for that node;
+//   - else the same with hints.forZones and the client's zone. Hints come from spec.trafficDistribution; that field itself is for whoever makes the slices;
+//   - of these the ready ones. publishNotReadyAddresses is in ready already (EndpointConditions.ready);
+//   - if there is none, those that terminate and still serve (KEP-1672).
+func (x *Index) behind(v *service, p servicePort, v4 bool, from place) Destination {
+	all := x.endpointsOf(v, p, v4)
+	near := func(candidate) bool { return true }
+	switch {
+	case from == anywhereInCluster:
+	case v.local:
+		near = func(c candidate) bool { return from.node != "" && c.node == from.node }
+	case hinted(all, from.node, func(c candidate) []string { return c.forNodes }):
+		near = func(c candidate) bool { return slices.Contains(c.forNodes, from.node) }
+	case hinted(all, from.zone, func(c candidate) []string { return c.forZones }):
+		near = func(c candidate) bool { return slices.Contains(c.forZones, from.zone) }
+	}
+	usable := func(c candidate) bool { return c.ready && near(c) }
+	if !slices.ContainsFunc(all, usable) {
+		usable = func(c candidate) bool { return c.leaving && near(c) }
+	}
+	d := Destination{Service: v.key, Protocol: p.protocol, Local: v.local, Sticky: v.sticky}
+	for _, c := range all {
+		if usable(c) {
+			d.Endpoints = append(d.Endpoints, c.Endpoint)
+		} else {
+			d.Others = append(d.Others, c.Endpoint)
+		}
+	}
+	return d
+}
+
+// hinted reports whether hints of one kind count: every ready endpoint has one, and one is for the client's own node or zone.
+func hinted(all []candidate, own string, hints func(candidate) []string) bool {
+	one := false
+	for _, c := range all {
+		if !c.ready {
+			continue
+		}
+		if len(hints(c)) == 0 {
+			return false
+		}
+		one = one || own != "" && slices.Contains(hints(c), own)
+	}
+	return one
+}
+
+// endpointsOf collects the endpoints of a service port in one family, sorted by address. Where one is in two slices, the one that is
+// ready counts, then the one that is leaving, then the slice that is first by name.
+func (x *Index) endpointsOf(v *service, p servicePort, v4 bool) []candidate {
+	family := discoveryv1.AddressTypeIPv6
+	if v4 {
+		family = discoveryv1.AddressTypeIPv4
+	}
+	var out []candidate
+	for _, name := range slices.Sorted(maps.Keys(v.slices)) {
+		s := v.slices[name]
+		if s.AddressType != family {
+			continue
+		}
+		for i := range s.Ports {
+			sp := &s.Ports[i]
+			if sp.Port == nil || *sp.Port < 1 || *sp.Port > 65535 || deref(sp.Name) != p.name {
+				continue
+			}
+			if proto, err := verdict.ParseProtocol(string(deref(sp.Protocol))); err != nil || proto != p.protocol {
+				continue
+			}
+			for j := range s.Endpoints {
+				if c, ok := x.candidate(&s.Endpoints[j], uint16(*sp.Port)); ok && c.Addr.Addr().Is4() == v4 {
+					out = append(out, c)
+				}
+			}
+		}
+	}
+	rank := func(c candidate) int {
+		switch {
+		case c.ready:
+			return 0
+		case c.leaving:
+			return 1
+		}
+		return 2
+	}
+	slices.SortStableFunc(out, func(a, b candidate) int { return cmp.Or(a.Addr.Compare(b.Addr), rank(a)-rank(b)) })
+	return slices.CompactFunc(out, func(a, b candidate) bool { return a.Addr == b.Addr })
+}
+
+// candidate reads one endpoint of a slice: its first address (no meaning is defined for others, Endpoint.addresses), and conditions
+// of which an absent ready and an absent serving mean true, an absent terminating false (EndpointConditions).
+func (x *Index) candidate(e *discoveryv1.Endpoint, port uint16) (candidate, bool) {
+	if len(e.Addresses) == 0 {
+		return candidate{}, false
+	}
+	addr, err := netip.ParseAddr(e.Addresses[0])
+	if err != nil {
+		return candidate{}, false
+	}
+	c := candidate{Endpoint: x.endpoint(netip.AddrPortFrom(addr.Unmap(), port)), node: deref(e.NodeName)}
+	c.ready = e.Conditions.Ready == nil || *e.Conditions.Ready
+	serving := e.Conditions.Serving == nil || *e.Conditions.Serving
+	c.leaving = serving && deref(e.Conditions.Terminating)
+	if e.Hints != nil {
+		for _, h := range e.Hints.ForNodes {
+			c.forNodes = append(c.forNodes, h.Name)
+		}
+		for _, h := range e.Hints.ForZones {
+			c.forZones = append(c.forZones, h.Name)
+		}
+	}
+	return c, true
+}
+
+func (x *Index) endpoint(a netip.AddrPort) Endpoint {
+	e := Endpoint{Addr: a}
+	if p := x.owner(a.Addr()); p != nil {
+		e.Pod, e.ID, e.Sidecar = p.key, p.ident.id, p.sidecar
+	}
+	return e
+}
