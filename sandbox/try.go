@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/sandbox/netns"
 	"github.com/mantlet/mantlet/verdict"
@@ -141,6 +142,7 @@ func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Atte
 	switch {
 	case c.Mismatch != "":
 	case c.Verdict != expected && c.Partly != "":
+	case c.Verdict != expected && s.otherNodes(a): // another node would have decided
 	case c.Verdict != expected:
 		c.Mismatch = fmt.Sprintf("the evaluator says %s (%s); the packets say %s (connect: %s; then: %s)", expected, c.Reason.Text, c.Verdict, o.Connect, o.Err)
 	case c.Verdict == matrix.Allowed && !s.meant(a, reached):
@@ -163,13 +165,7 @@ func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
 	case matrix.ViaExternal:
 		return s.pods[reached] == nil
 	}
-	d, _ := s.index.Destination(verdict.TCP, a.Addr)
-	for _, e := range d.Endpoints {
-		if e.Pod == reached && s.index.Answer(a.From, verdict.TCP, e.Addr).Allowed {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(s.behind(a), func(e policy.Endpoint) bool { return e.Pod == reached })
 }
 
 // evidence waits for what the sidecar of the reached pod logged of the very connection that its app saw, and returns it if it was

@@ -265,9 +265,9 @@ func decide(x *policy.Index, a Attempt) Connection {
 		c.fill(x.Answer(a.From, verdict.TCP, a.Addr))
 		return c
 	}
-	d, _ := x.Destination(verdict.TCP, a.Addr)
+	d, _ := x.DestinationFor(a.From, verdict.TCP, a.Addr)
 	if len(d.Endpoints) == 0 {
-		c.fill(policy.Answer{Reason: verdict.Reason{Text: "the service has no ready endpoint"}})
+		c.fill(policy.Answer{Reason: verdict.Reason{Text: absence(d)}})
 		return c
 	}
 	pod, _ := x.Pod(a.From)
@@ -291,6 +291,17 @@ func decide(x *policy.Index, a Attempt) Connection {
 		c.Partly = fmt.Sprintf("%d of %d endpoints are denied, and without a sidecar nothing steers around them", len(denied), len(d.Endpoints))
 	}
 	return c
+}
+
+// absence says why a destination has no endpoint for a client.
+func absence(d policy.Destination) string {
+	switch {
+	case len(d.Others) == 0:
+		return "the service has no endpoint"
+	case d.Local:
+		return "the service has no ready endpoint on the client's node (internalTrafficPolicy: Local)"
+	}
+	return "the service has no ready endpoint"
 }
 
 func (c *Connection) fill(a policy.Answer) {
