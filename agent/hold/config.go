@@ -28,8 +28,9 @@ type Config struct {
 	Cluster []netip.Prefix
 	// Exempt are addresses that need no question: the pod's own node.
 	Exempt []netip.Addr
-	// External is the pod's egress table: its anonymous peers admit destinations outside Cluster. The zero table admits none.
-	External verdict.Table
+	// External and Inbound are the pod's egress and ingress tables: their anonymous peers admit destinations, and sources, outside Cluster.
+	// The zero table admits none.
+	External, Inbound verdict.Table
 	// ProxyMark and UIDs exempt the agent's and Envoy's own connections, as they do in the redirect.
 	ProxyMark uint32
 	UIDs      []uint32
@@ -41,6 +42,7 @@ type Config struct {
 	MaxHeld      int           // SYNs kept for outstanding questions; TCP sends the others again itself
 	MaxAllowed   int           // allowed destinations
 	MaxDenied    int           // denied destinations
+	MaxOutside   int           // ranges of addresses and ports that External holds, and Inbound; with more that direction is left to Envoy
 	Idle         time.Duration // how long a destination is kept that nobody connects to; the kernel drops it after twice as long
 	ErrorTTL     time.Duration // how long no answer means no; whole milliseconds
 	// Forgotten is told which destinations were let go, by age or to make room, after their elements are gone: their on-demand
@@ -52,7 +54,7 @@ type Config struct {
 func Defaults(cluster ...netip.Prefix) Config {
 	return Config{
 		Cluster: cluster, ProxyMark: names.ProxyMark, UIDs: []uint32{names.ProxyUID}, Group: 15001,
-		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 1024, MaxHeld: 2048, MaxAllowed: 4096, MaxDenied: 4096,
+		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 1024, MaxHeld: 2048, MaxAllowed: 1024, MaxDenied: 4096, MaxOutside: 20_000,
 		Idle: 5 * time.Minute, ErrorTTL: 2 * time.Second,
 	}
 }

@@ -5,7 +5,7 @@
 //	                │
 //	  not TCP, no SYN, the proxy, the agent, lo, the node ─► on
 //	                │
-//	  outside the cluster's prefixes: in external4/6? ─► on      else reset
+//	  outside the cluster's prefixes: admitted by an ipBlock? ─► on      else reset
 //	                │
 //	  in denied4/6  ─► reset
 //	  in allowed4/6 ─► on (and noted in used4/6)
@@ -17,6 +17,8 @@
 //	                │        no answer: no, for a short time
 //	                ├─► element into allowed or denied, in one transaction
 //	                └─► the very SYN once more, by a raw socket: on to the redirect, or reset
+//
+//	SYN from outside ── prerouting, filter, -150 ── from outside the cluster's prefixes: admitted by an ipBlock? ─► on      else reset
 //
 // The sets only tell the app early; Envoy stays the authority over who is let through. All the same everything here fails closed. A SYN
 // to an unknown destination is dropped by the kernel before anybody is asked, so a Holder that is slow, dead, or not there yet opens
@@ -35,6 +37,22 @@
 // rest without waking the agent), MaxQuestions are outstanding, MaxHeld SYNs are kept, and MaxAllowed and MaxDenied destinations are known,
 // of which the least recently used go first; a scan pushes denied destinations out, never allowed ones. With the defaults that is below 2 MB
 // of elements in the kernel, 2 MB of bookkeeping here, and 3 MB of SYNs if all of them carry data (TCP Fast Open), 0.2 MB if none does.
+// MaxAllowed is what the Envoy beside it can hold: each allowed destination is a cluster there, of 38 to 68 KB.
+//
+// # Outside the cluster
+//
+// Addresses outside the cluster's prefixes need no question: what the pod's tables say of peers without an identity is written as interval
+// sets, one pair for each group of ports. 10,000 prefixes are replaced in 0.2 s; with more than MaxOutside, or more than the system's send
+// buffer takes (net.core.wmem_max, in user namespaces), that direction is left to Envoy: connect() then succeeds and the connection is closed.
+//
+// Whoever connects to the pod from outside the prefixes is taken for a peer without an identity before it can prove one. Where something on the
+// way changes the source address of pods to one outside, so that a sidecar's mTLS comes from there, those addresses belong into Config.Cluster.
+//
+// # Others at the table
+//
+// A [Holder] is a table for netfilter.Guard: rules, chains and sets are put back in place. Elements are not looked at: who deletes
+// one of a destination inside the cluster has it asked about again; of an address outside, has it refused until that part of the
+// policy changes; who adds one lets the SYN go on to Envoy.
 //
 // # Without NFLOG
 //

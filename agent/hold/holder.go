@@ -21,6 +21,7 @@ type Holder struct {
 	asker  Asker
 	logger *slog.Logger
 	sender *sender
+	shape  *shape
 	log    *nflog.Nflog
 	// register binds the NFLOG group; tests let it fail.
 	register func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error
@@ -56,9 +57,15 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 	if err != nil {
 		return nil, err
 	}
+	shape, err := newShape(cfg, k.sets, logger)
+	if err != nil {
+		k.close()
+		return nil, err
+	}
 	s, err := newSender()
 	if err != nil {
 		k.close()
+		shape.close()
 		return nil, err
 	}
 	l, err := nflog.Open(&nflog.Config{Group: cfg.Group, Copymode: nflog.CopyPacket})
@@ -66,7 +73,7 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 		err = l.Con.SetReadBuffer(1 << 20) // a burst of SYNs
 	}
 	h := &Holder{
-		asker: asker, logger: logger, sender: s, log: l, cfg: cfg, kernel: k, holding: true, failed: make(chan error, 1),
+		asker: asker, logger: logger, sender: s, shape: shape, log: l, cfg: cfg, kernel: k, holding: true, failed: make(chan error, 1),
 		ledger: newLedger(cfg.MaxAllowed, cfg.MaxDenied), pending: map[netip.AddrPort]*question{},
 	}
 	if err != nil {
@@ -74,7 +81,7 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 		return nil, fmt.Errorf("hold: open NFLOG: %w", err)
 	}
 	h.register = l.RegisterWithErrorFunc
-	if err := k.apply(cfg, true); err != nil {
+	if err := shape.write(true); err != nil {
 		h.Close()
 		return nil, err
 	}
@@ -87,6 +94,7 @@ func (h *Holder) Close() {
 		_ = h.log.Close()
 	}
 	h.sender.close()
+	h.shape.close()
 	h.kernel.close()
 }
 
@@ -151,12 +159,33 @@ func (h *Holder) listen(ctx context.Context) error {
 	}
 	h.logger.Warn("hold: the kernel has no NFLOG (nfnetlink_log): the first connect to a denied destination will succeed and be closed, later ones are refused",
 		"cause", err)
+	return h.anew(false)
+}
+
+// anew writes the table once more. Nothing is known of any destination then.
+func (h *Holder) anew(holding bool) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.holding = false
-	h.ledger = newLedger(h.cfg.MaxAllowed, h.cfg.MaxDenied) // the table is written anew
-	return h.kernel.apply(h.cfg, false)
+	h.holding = holding
+	h.ledger = newLedger(h.cfg.MaxAllowed, h.cfg.MaxDenied)
+	return h.shape.write(holding)
 }
+
+// Name, Check and Repair let netfilter.Guard look after the table: its rules, chains and sets, in the calling thread's network namespace. What
+// the sets hold it leaves alone. Whoever takes an element away has the destination asked about again, or, outside the cluster, refused until
+// the policy changes; whoever adds one lets SYNs go on to Envoy, who decides anyway.
+func (h *Holder) Name() string { return tableName }
+
+// Check fails where the table is not as it was written.
+func (h *Holder) Check() error {
+	if err := h.shape.check(); err != nil {
+		return fmt.Errorf("hold: %w", err)
+	}
+	return nil
+}
+
+// Repair writes the table again; every destination is asked about again.
+func (h *Holder) Repair() error { return h.anew(h.Holding()) }
 
 // missing reports whether an error of binding says that the kernel has no nfnetlink_log: EINVAL for its whole subsystem. The library
 // hands on the text only.
@@ -309,14 +338,16 @@ func plain(d netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(d.Addr().Unmap().WithZone(""), d.Port())
 }
 
-// SetExternal replaces the verdicts on destinations outside the cluster by those of an egress table, in one transaction.
-func (h *Holder) SetExternal(egress verdict.Table) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.cfg.External = egress
-	if err := h.kernel.external(h.cfg); err != nil {
+// SetExternal puts the verdicts of an egress table on destinations outside the cluster in force.
+func (h *Holder) SetExternal(egress verdict.Table) error { return h.outside(0, &egress) }
+
+// SetInbound puts the verdicts of an ingress table on sources outside the cluster in force.
+func (h *Holder) SetInbound(ingress verdict.Table) error { return h.outside(1, &ingress) }
+
+func (h *Holder) outside(i int, t *verdict.Table) error {
+	err := h.shape.replace(i, t)
+	if err != nil {
 		h.fail(err)
-		return err
 	}
-	return nil
+	return err
 }

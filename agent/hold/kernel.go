@@ -5,13 +5,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 )
 
-// kernel writes the table of one network namespace. It is not safe for concurrent use.
+// kernel writes the verdicts on destinations inside the cluster. It is not safe for concurrent use.
 type kernel struct {
 	conn *nftables.Conn
 	sets [2]sets
@@ -25,60 +26,25 @@ type element struct {
 }
 
 func newKernel(c Config) (*kernel, error) {
-	// One transaction may hold all elements and gets an answer for each message: more than fits the default buffers.
-	buffers := func(c *netlink.Conn) error { return errors.Join(c.SetReadBuffer(4<<20), c.SetWriteBuffer(4<<20)) }
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(buffers))
+	conn, err := dial()
 	if err != nil {
-		return nil, fmt.Errorf("hold: open nftables: %w", err)
+		return nil, err
 	}
 	return &kernel{conn: conn, sets: newSets(c)}, nil
 }
 
+// dial opens a connection for the network namespace of the calling thread. One transaction may hold all elements, and gets an answer for
+// each message: more than fits the default buffers. Where the system allows no more, it is content with that.
+func dial() (*nftables.Conn, error) {
+	buffers := func(c *netlink.Conn) error { return errors.Join(c.SetReadBuffer(4<<20), c.SetWriteBuffer(16<<20)) }
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(buffers))
+	if err != nil {
+		return nil, fmt.Errorf("hold: open nftables: %w", err)
+	}
+	return conn, nil
+}
+
 func (k *kernel) close() { _ = k.conn.CloseLasting() }
-
-// apply writes the table, without any element of allowed and denied, in one transaction.
-func (k *kernel) apply(c Config, holding bool) error {
-	if err := build(k.conn, c, k.sets, holding); err != nil {
-		return err
-	}
-	if err := k.fill(c); err != nil {
-		return err
-	}
-	if err := k.conn.Flush(); err != nil {
-		return fmt.Errorf("hold: write table inet %s (needs CAP_NET_ADMIN and nf_tables with reject and log): %w", tableName, err)
-	}
-	return nil
-}
-
-// external replaces what is admitted outside the cluster, in one transaction.
-func (k *kernel) external(c Config) error {
-	for _, s := range k.sets {
-		k.conn.FlushSet(s.external)
-	}
-	if err := k.fill(c); err != nil {
-		return err
-	}
-	if err := k.conn.Flush(); err != nil {
-		return fmt.Errorf("hold: write the external destinations: %w", err)
-	}
-	return nil
-}
-
-func (k *kernel) fill(c Config) error {
-	for f, boxes := range admitted(&c.External) {
-		elements := make([]nftables.SetElement, len(boxes))
-		for i, b := range boxes {
-			elements[i] = nftables.SetElement{
-				Key:    key(netip.AddrPortFrom(b.first, b.ports.First)),
-				KeyEnd: key(netip.AddrPortFrom(b.last, b.ports.Last)),
-			}
-		}
-		if err := k.change(k.conn.SetAddElements, k.sets[f].external, elements); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 // write brings the elements in place, in one transaction. Deleting an element that has timed out would be an error: so each one is added,
 // deleted, and added with its time.
@@ -100,9 +66,9 @@ func (k *kernel) write(elements []element) error {
 				set = k.sets[f].allowed
 			}
 			if err := errors.Join(
-				k.change(k.conn.SetAddElements, set, all),
-				k.change(k.conn.SetDeleteElements, set, all),
-				k.change(k.conn.SetAddElements, set, wanted),
+				inMessages(k.conn.SetAddElements, set, all),
+				inMessages(k.conn.SetDeleteElements, set, all),
+				inMessages(k.conn.SetAddElements, set, wanted),
 			); err != nil {
 				return err
 			}
@@ -114,8 +80,8 @@ func (k *kernel) write(elements []element) error {
 	return nil
 }
 
-// change puts elements into the transaction, as many to a message as its 16 bits of length hold.
-func (k *kernel) change(with func(*nftables.Set, []nftables.SetElement) error, s *nftables.Set, elements []nftables.SetElement) error {
+// inMessages puts elements into the transaction, as many to a message as its 16 bits of length hold.
+func inMessages(with func(*nftables.Set, []nftables.SetElement) error, s *nftables.Set, elements []nftables.SetElement) error {
 	const most = 400
 	for len(elements) > 0 {
 		n := min(most, len(elements))
@@ -141,6 +107,19 @@ func (k *kernel) used() (dests []netip.AddrPort, err error) {
 		}
 	}
 	return dests, nil
+}
+
+// There reports whether the calling thread's network namespace has the table, in whatever state.
+func There() (bool, error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return false, fmt.Errorf("hold: open nftables: %w", err)
+	}
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("hold: read tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName }), nil
 }
 
 // Remove deletes the table of the calling thread's network namespace. It is no error if there is none.

@@ -64,7 +64,7 @@ func (l *ledger) justWritten(dest netip.AddrPort, now time.Time) bool {
 		return false
 	}
 	n := e.Value.(*entry)
-	return now.Before(n.until) && now.Sub(n.written) < time.Second
+	return now.Before(n.until) && now.Sub(n.written) < 2*time.Second
 }
 
 // use notes that an allowed destination is in use.

@@ -1,15 +1,19 @@
 package hold
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
 )
 
 const tableName = "mantlet_hold"
@@ -25,15 +29,15 @@ func table() *nftables.Table {
 type family struct {
 	name     string
 	proto    byte
-	addrOff  uint32 // of the destination in the network header
+	from, to uint32 // offsets of source and destination in the network header
 	addrLen  uint32
 	portReg  uint32 // the register behind the address in a concatenation
 	addrType nftables.SetDatatype
 }
 
 var families = [2]family{
-	{"4", unix.NFPROTO_IPV4, 16, 4, 9, nftables.TypeIPAddr},   // 9 is NFT_REG32_01
-	{"6", unix.NFPROTO_IPV6, 24, 16, 2, nftables.TypeIP6Addr}, // 2 is NFT_REG_2
+	{"4", unix.NFPROTO_IPV4, 12, 16, 4, 9, nftables.TypeIPAddr},  // 9 is NFT_REG32_01
+	{"6", unix.NFPROTO_IPV6, 8, 24, 16, 2, nftables.TypeIP6Addr}, // 2 is NFT_REG_2
 }
 
 func familyOf(a netip.Addr) int {
@@ -43,30 +47,26 @@ func familyOf(a netip.Addr) int {
 	return 1
 }
 
-// sets are the sets of one family.
-type sets struct{ allowed, denied, used, external *nftables.Set }
+// sets are the sets of one family that speak of destinations inside the cluster.
+type sets struct{ allowed, denied, used *nftables.Set }
 
 // newSets names the sets. The agent writes allowed and denied and bounds them (a size would make the kernel allocate for it in advance);
 // the kernel writes used.
 func newSets(c Config) (s [2]sets) {
+	id := uint32(0)
 	for i, f := range families {
 		key := nftables.MustConcatSetType(f.addrType, nftables.TypeInetService)
 		set := func(name string, ttl time.Duration) *nftables.Set {
-			return &nftables.Set{Table: table(), Name: name + f.name, KeyType: key, Concatenation: true, HasTimeout: ttl > 0, Timeout: ttl}
+			id++ // the library would count without a lock
+			return &nftables.Set{Table: table(), Name: name + f.name, ID: id, KeyType: key, Concatenation: true, HasTimeout: true, Timeout: ttl}
 		}
-		s[i] = sets{
-			allowed:  set("allowed", ttl(true, c.Idle)),
-			denied:   set("denied", ttl(false, c.Idle)),
-			used:     set("used", c.Idle),
-			external: set("external", 0),
-		}
+		s[i] = sets{allowed: set("allowed", ttl(true, c.Idle)), denied: set("denied", ttl(false, c.Idle)), used: set("used", c.Idle)}
 		s[i].used.Dynamic, s[i].used.Size = true, uint32(c.MaxAllowed)
-		s[i].external.Interval = true
 	}
 	return s
 }
 
-// build puts the whole table into a transaction. In nft's own language, for one family:
+// chains are the chains but for those that judge addresses outside the cluster. In nft's own language, for one family:
 //
 //	chain output { type filter hook output priority -150; policy accept;
 //		meta l4proto != tcp accept
@@ -74,10 +74,10 @@ func newSets(c Config) (s [2]sets) {
 //		meta skuid 15150 accept
 //		meta mark 0x6d74 accept
 //		oifname "lo" accept
+//		tcp dport 15001 reject with tcp reset   # Envoy's own port: nobody gets anywhere from there
 //		ip daddr 192.0.2.10 accept
 //		ip daddr 10.0.0.0/8 goto cluster4
-//		ip daddr . tcp dport @external4 accept
-//		reject with tcp reset
+//		goto external
 //	}
 //	chain cluster4 {
 //		ip daddr . tcp dport @denied4 reject with tcp reset
@@ -88,67 +88,78 @@ func newSets(c Config) (s [2]sets) {
 //		log group 15001 queue-threshold 1
 //		drop
 //	}
-func build(conn *nftables.Conn, c Config, s [2]sets, holding bool) error {
-	// Adding a table that exists changes nothing, deleting one that does not is an error: so add, delete, add.
-	conn.AddTable(table())
-	conn.DelTable(table())
-	conn.AddTable(table())
-	for _, f := range s {
-		for _, set := range []*nftables.Set{f.allowed, f.denied, f.used, f.external} {
-			if err := conn.AddSet(set, nil); err != nil {
-				return fmt.Errorf("hold: set %s: %w", set.Name, err)
-			}
-		}
-	}
-	accept := nftables.ChainPolicyAccept
-	output := conn.AddChain(&nftables.Chain{
-		Name: "output", Table: table(), Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput,
-		Priority: nftables.ChainPriorityRef(priority), Policy: &accept,
-	})
-	add := func(chain *nftables.Chain, parts ...[]expr.Any) {
-		var exprs []expr.Any
-		for _, p := range parts {
-			exprs = append(exprs, p...)
-		}
-		conn.AddRule(&nftables.Rule{Table: table(), Chain: chain, Exprs: exprs})
-	}
-	var cluster [2]*nftables.Chain
-	for i, f := range families {
-		cluster[i] = conn.AddChain(&nftables.Chain{Name: "cluster" + f.name, Table: table()})
-		add(cluster[i], f.in(s[i].denied), reset())
-		add(cluster[i], f.in(s[i].allowed), f.note(s[i].used, c.Idle))
-		add(cluster[i], f.in(s[i].allowed), decide(expr.VerdictAccept))
-		add(cluster[i], meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(Mark)), decide(expr.VerdictDrop))
-		if !holding {
-			continue // on to Envoy
-		}
-		add(cluster[i], over(c.Rate), reset())
-		add(cluster[i], log(c.Group))
-		add(cluster[i], decide(expr.VerdictDrop))
-	}
+//	chain prerouting { type filter hook prerouting priority -150; policy accept;
+//		meta l4proto != tcp accept
+//		tcp flags & (syn | ack) != syn accept
+//		iifname "lo" accept
+//		ip saddr 192.0.2.10 accept
+//		ip saddr 10.0.0.0/8 accept              # who proves an identity comes from here
+//		goto inbound
+//	}
+func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
+	list := []netfilter.Chain{hooked("output", nftables.ChainHookOutput), hooked("prerouting", nftables.ChainHookPrerouting)}
+	output, prerouting := &list[0], &list[1]
 	pass := decide(expr.VerdictAccept)
-	add(output, meta(expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_TCP}), pass)
-	add(output, noSYN(), pass)
-	for _, uid := range c.UIDs {
-		add(output, meta(expr.MetaKeySKUID, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uid)), pass)
+	for _, chain := range []*netfilter.Chain{output, prerouting} {
+		chain.Rules = append(chain.Rules, rule(meta(expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_TCP}), pass), rule(noSYN(), pass))
 	}
-	add(output, meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(c.ProxyMark)), pass)
+	for _, uid := range c.UIDs {
+		output.Rules = append(output.Rules, rule(meta(expr.MetaKeySKUID, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uid)), pass))
+	}
 	lo := make([]byte, unix.IFNAMSIZ)
 	copy(lo, "lo")
-	add(output, meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, lo), pass)
+	output.Rules = append(output.Rules,
+		rule(meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(c.ProxyMark)), pass),
+		rule(meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, lo), pass),
+		rule(toPorts(verdict.PortRange{First: names.OutboundPort, Last: names.OutboundPort}), reset()))
+	prerouting.Rules = append(prerouting.Rules, rule(meta(expr.MetaKeyIIFNAME, expr.CmpOpEq, lo), pass))
 	for _, a := range c.Exempt {
 		a = a.Unmap()
-		add(output, to(netip.PrefixFrom(a, a.BitLen())), pass)
+		node := netip.PrefixFrom(a, a.BitLen())
+		output.Rules = append(output.Rules, rule(to(node), pass))
+		prerouting.Rules = append(prerouting.Rules, rule(from(node), pass))
+	}
+	var cluster []netfilter.Chain
+	for i, f := range families {
+		cluster = append(cluster, f.held(c, s[i], holding))
 	}
 	for _, p := range c.Cluster {
-		chain := cluster[familyOf(p.Addr())]
-		add(output, to(p), []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain.Name}})
+		output.Rules = append(output.Rules, rule(to(p), jump(cluster[familyOf(p.Addr())].Chain)))
+		prerouting.Rules = append(prerouting.Rules, rule(from(p), pass))
 	}
-	for i, f := range families {
-		add(output, f.is(), f.in(s[i].external), pass)
+	output.Rules = append(output.Rules, jump(external.dispatch().Chain))
+	prerouting.Rules = append(prerouting.Rules, jump(inbound.dispatch().Chain))
+	return append(list, cluster...)
+}
+
+// held is the chain for destinations inside the cluster.
+func (f family) held(c Config, s sets, holding bool) netfilter.Chain {
+	chain := netfilter.Chain{Chain: &nftables.Chain{Name: "cluster" + f.name, Table: table()}}
+	chain.Rules = [][]expr.Any{
+		rule(f.in(s.denied), reset()),
+		rule(f.in(s.allowed), f.note(s.used, c.Idle)),
+		rule(f.in(s.allowed), decide(expr.VerdictAccept)),
+		rule(meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(Mark)), decide(expr.VerdictDrop)),
 	}
-	add(output, reset())
-	return nil
+	if holding { // else on to Envoy
+		chain.Rules = append(chain.Rules, rule(over(c.Rate), reset()), log(c.Group), decide(expr.VerdictDrop))
+	}
+	return chain
+}
+
+func hooked(name string, hook *nftables.ChainHook) netfilter.Chain {
+	accept := nftables.ChainPolicyAccept
+	return netfilter.Chain{Chain: &nftables.Chain{
+		Name: name, Table: table(), Type: nftables.ChainTypeFilter, Hooknum: hook, Priority: nftables.ChainPriorityRef(priority), Policy: &accept,
+	}}
+}
+
+// rule joins parts of a rule. Every part uses register 1 first.
+func rule(parts ...[]expr.Any) []expr.Any { return slices.Concat(parts...) }
+
+// jump goes to a chain for good.
+func jump(c *nftables.Chain) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: c.Name}}
 }
 
 func decide(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
@@ -184,20 +195,34 @@ func noSYN() []expr.Any {
 
 func (f family) is() []expr.Any { return meta(expr.MetaKeyNFPROTO, expr.CmpOpEq, []byte{f.proto}) }
 
-// to matches a destination in a prefix.
-func to(p netip.Prefix) []expr.Any {
+// to matches a destination in a prefix, from a source.
+func to(p netip.Prefix) []expr.Any   { return within(p, families[familyOf(p.Addr())].to) }
+func from(p netip.Prefix) []expr.Any { return within(p, families[familyOf(p.Addr())].from) }
+
+func within(p netip.Prefix, offset uint32) []expr.Any {
 	f := families[familyOf(p.Addr())]
 	return append(f.is(),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.addrOff, Len: f.addrLen},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: f.addrLen},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.addrLen, Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()), Xor: make([]byte, f.addrLen)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: p.Addr().AsSlice()},
 	)
 }
 
+// toPorts matches destination ports; a SYN has no port 0.
+func toPorts(r verdict.PortRange) []expr.Any {
+	exprs := []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+	if r.First == r.Last {
+		return append(exprs, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(r.First)})
+	}
+	return append(exprs,
+		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: binaryutil.BigEndian.PutUint16(r.First)},
+		&expr.Cmp{Op: expr.CmpOpLte, Register: 1, Data: binaryutil.BigEndian.PutUint16(r.Last)})
+}
+
 // destination loads address and port, one behind the other.
 func (f family) destination() []expr.Any {
 	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.addrOff, Len: f.addrLen},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: f.to, Len: f.addrLen},
 		&expr.Payload{DestRegister: f.portReg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 	}
 }

@@ -7,30 +7,11 @@ import (
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// box is a range of addresses of one family on a range of ports, ends included.
-type box struct {
-	first, last netip.Addr
-	ports       verdict.PortRange
-}
-
-// admitted lists what an egress table lets peers without an identity be reached at, over TCP: for IPv4 and for IPv6. Interval sets know no
-// longest prefix, so prefixes are flattened; the boxes do not overlap.
-func admitted(t *verdict.Table) (boxes [2][]box) {
-	for _, b := range t.Blocks {
-		if b.Protocol != verdict.TCP {
-			continue
-		}
-		for _, s := range flatten(b.Peers.Anonymous) {
-			f := familyOf(s.first)
-			for _, ports := range b.Ports {
-				boxes[f] = append(boxes[f], box{s.first, s.last, ports})
-			}
-		}
-	}
-	return boxes
-}
-
+// span is a range of addresses of one family, both ends included.
 type span struct{ first, last netip.Addr }
+
+// whole reports whether it is every address of its family.
+func (s span) whole() bool { return !s.first.Prev().IsValid() && !s.last.Next().IsValid() }
 
 // flatten returns the addresses that the longest prefix allows, as ranges in ascending order that do not touch.
 func flatten(prefixes []verdict.Prefix) (out []span) {
