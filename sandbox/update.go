@@ -160,6 +160,7 @@ type difference struct {
 
 func diff(old, next *policy.Objects) *difference {
 	d := &difference{}
+	compareObjects(d, "Node", old.Nodes, next.Nodes)
 	compareObjects(d, "Namespace", old.Namespaces, next.Namespaces)
 	compareObjects(d, "NetworkPolicy", old.NetworkPolicies, next.NetworkPolicies)
 	compareObjects(d, "Service", old.Services, next.Services)

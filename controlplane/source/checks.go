@@ -140,6 +140,18 @@ func checkService(o *corev1.Service) field.ErrorList {
 	if o.Spec.Type != "" && !slices.Contains(types, o.Spec.Type) {
 		errs = append(errs, field.NotSupported(at.Child("type"), o.Spec.Type, types))
 	}
+	affinities := []corev1.ServiceAffinity{corev1.ServiceAffinityNone, corev1.ServiceAffinityClientIP}
+	if a := o.Spec.SessionAffinity; a != "" && !slices.Contains(affinities, a) {
+		errs = append(errs, field.NotSupported(at.Child("sessionAffinity"), a, affinities))
+	}
+	locals := []corev1.ServiceInternalTrafficPolicy{corev1.ServiceInternalTrafficPolicyCluster, corev1.ServiceInternalTrafficPolicyLocal}
+	if p := o.Spec.InternalTrafficPolicy; p != nil && !slices.Contains(locals, *p) {
+		errs = append(errs, field.NotSupported(at.Child("internalTrafficPolicy"), *p, locals))
+	}
+	distributions := []string{corev1.ServiceTrafficDistributionPreferClose, corev1.ServiceTrafficDistributionPreferSameNode, corev1.ServiceTrafficDistributionPreferSameZone}
+	if d := o.Spec.TrafficDistribution; d != nil && !slices.Contains(distributions, *d) {
+		errs = append(errs, field.NotSupported(at.Child("trafficDistribution"), *d, distributions))
+	}
 	for i, f := range o.Spec.IPFamilies {
 		if f != corev1.IPv4Protocol && f != corev1.IPv6Protocol || i > 0 && slices.Contains(o.Spec.IPFamilies[:i], f) {
 			errs = append(errs, field.Invalid(at.Child("ipFamilies").Index(i), f, "must be IPv4 or IPv6, each at most once"))

@@ -3,7 +3,7 @@
 //
 //	files, folders, stdin ──files.go──► texts ──documents.go──► documents, items of Lists ──kinds.go──► typed, checked objects
 //	      Deployments, Jobs, … ──workloads.go──► pods ──addresses.go──► with addresses ──pods.go──► running, with sidecar or without
-//	      Services ──addresses.go──► with cluster IPs ──endpoints.go──► EndpointSlices
+//	      Services ──addresses.go──► with cluster IPs ──endpoints.go──► EndpointSlices ──nodes.go──► with nodes, zones, hints
 //
 // Manifests are what GitOps repositories and exports (`kubectl get -o yaml`) hold. An export may have both the workloads and their
 // pods: pods that exist are taken as they are, and only workloads that have none get pods made.

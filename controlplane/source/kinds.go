@@ -18,6 +18,7 @@ import (
 // objects are what was read, by kind. Workloads of all kinds are in one list.
 type objects struct {
 	namespaces []*corev1.Namespace
+	nodes      []*corev1.Node
 	pods       []*corev1.Pod
 	workloads  []*workload
 	services   []*corev1.Service
@@ -29,6 +30,7 @@ type objects struct {
 // sort puts every list in order of namespace and name, so that nothing depends on the order of files.
 func (o *objects) sort() {
 	sortObjects(o.namespaces)
+	sortObjects(o.nodes)
 	sortObjects(o.pods)
 	sortObjects(o.services)
 	sortObjects(o.slices)
@@ -57,6 +59,8 @@ type kind struct {
 var kinds = map[string]kind{
 	"Namespace": {apiVersion: "v1", clusterScoped: true, validName: validation.ValidateNamespaceName,
 		read: reads(checkNamespace, func(r *reader, o *corev1.Namespace) { r.namespaces = append(r.namespaces, o) })},
+	"Node": {apiVersion: "v1", clusterScoped: true, validName: validation.NameIsDNSSubdomain,
+		read: reads(nil, func(r *reader, o *corev1.Node) { r.nodes = append(r.nodes, o) })},
 	"Pod": {apiVersion: "v1", validName: validation.NameIsDNSSubdomain,
 		read: reads(checkPod, func(r *reader, o *corev1.Pod) { r.pods = append(r.pods, o) })},
 	"Service": {apiVersion: "v1", validName: validation.NameIsDNSLabel,

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -40,13 +39,13 @@ type Options struct {
 
 // Manifests are the objects of a cluster in which everything that was read is running.
 type Manifests struct {
-	// Objects are complete and sorted by namespace and name: pods have addresses and run on the one node, Services have their
+	// Objects are complete and sorted by namespace and name: pods have addresses and run on nodes, Services have their
 	// cluster IPs, Services with a selector have EndpointSlices, and every namespace that is mentioned exists.
 	Objects policy.Objects
 	// PodNetwork and ServiceNetwork hold the address of every pod and every Service: the ranges from which addresses are
 	// drawn, and host prefixes for the addresses outside of them that the manifests gave.
 	PodNetwork, ServiceNetwork []netip.Prefix
-	// NodeIPs are the addresses of the node that everything runs on, IPv4 first.
+	// NodeIPs are the addresses of the one machine that all nodes are, IPv4 first.
 	NodeIPs []netip.Addr
 	// Ignored counts what was not read, by "apiVersion/Kind", or by file name for documents that are no Kubernetes objects.
 	Ignored map[string]int
@@ -149,14 +148,16 @@ func (r *reader) complete() {
 	r.runPods()
 	r.inject()
 	r.makeEndpointSlices()
+	r.makeNodes()
 	r.sort()
+	r.noteServices()
 	r.noteKinds()
 }
 
 func (r *reader) manifests() *Manifests {
 	return &Manifests{
 		Objects: policy.Objects{
-			Namespaces: r.namespaces, Nodes: []*corev1.Node{node()}, Pods: r.pods, Services: r.services,
+			Namespaces: r.namespaces, Nodes: r.nodes, Pods: r.pods, Services: r.services,
 			EndpointSlices: r.slices, NetworkPolicies: r.policies,
 		},
 		PodNetwork: r.podNetwork.prefixes(), ServiceNetwork: r.serviceNetwork.prefixes(),

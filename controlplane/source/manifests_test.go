@@ -120,6 +120,11 @@ func summary(m *Manifests, err error) string {
 	for _, o := range m.Objects.Namespaces {
 		fmt.Fprintf(&b, "namespace %s %s\n", o.Name, pairs(o.Labels))
 	}
+	for _, o := range m.Objects.Nodes {
+		if o.Name != defaultNode {
+			fmt.Fprintf(&b, "node %s %s\n", o.Name, pairs(o.Labels))
+		}
+	}
 	for _, o := range m.Objects.Pods {
 		fmt.Fprintf(&b, "pod %s/%s", o.Namespace, o.Name)
 		for _, ip := range o.Status.PodIPs {
@@ -129,6 +134,9 @@ func summary(m *Manifests, err error) string {
 		fmt.Fprintf(&b, " %s", o.Status.Phase)
 		if ready {
 			fmt.Fprint(&b, ",ready")
+		}
+		if o.Spec.NodeName != defaultNode {
+			fmt.Fprintf(&b, " on %s", o.Spec.NodeName)
 		}
 		fmt.Fprintf(&b, " sa=%s", o.Spec.ServiceAccountName)
 		for _, c := range o.Spec.Containers {
@@ -164,6 +172,18 @@ func summary(m *Manifests, err error) string {
 			}
 			if e.Conditions.Ready != nil && !*e.Conditions.Ready {
 				fmt.Fprint(&b, " not ready")
+			}
+			if e.Conditions.Terminating != nil && *e.Conditions.Terminating {
+				fmt.Fprint(&b, " terminating")
+			}
+			if e.NodeName != nil && *e.NodeName != defaultNode {
+				fmt.Fprintf(&b, " on %s", *e.NodeName)
+			}
+			if e.Zone != nil {
+				fmt.Fprintf(&b, " in %s", *e.Zone)
+			}
+			if e.Hints != nil {
+				fmt.Fprintf(&b, " for nodes %v and zones %v", e.Hints.ForNodes, e.Hints.ForZones)
 			}
 			if e.Hostname != nil {
 				fmt.Fprintf(&b, " hostname=%s", *e.Hostname)

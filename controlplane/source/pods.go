@@ -1,6 +1,7 @@
 package source
 
 import (
+	"cmp"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -8,17 +9,6 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 )
-
-// nodeName is the node that everything runs on.
-const nodeName = "node"
-
-func node() *corev1.Node {
-	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{corev1.LabelHostname: nodeName}}}
-	for _, a := range nodeIPs {
-		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a.String()})
-	}
-	return n
-}
 
 func finished(p *corev1.Pod) bool {
 	return p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
@@ -55,15 +45,13 @@ func (r *reader) makeNamespaces() {
 		declared[ns.Name] = true
 	}
 	mention := func(o metav1.Object) {
-		if name := o.GetNamespace(); !declared[name] {
+		if name := o.GetNamespace(); name != "" && !declared[name] {
 			declared[name] = true
 			r.namespaces = append(r.namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}})
 		}
 	}
 	for o := range r.origin {
-		if _, cluster := o.(*corev1.Namespace); !cluster {
-			mention(o)
-		}
+		mention(o)
 	}
 	for _, ns := range r.namespaces {
 		if ns.Labels == nil {
@@ -89,7 +77,7 @@ func (r *reader) runPods() {
 				}
 			}
 		}
-		p.Spec.NodeName = nodeName
+		p.Spec.NodeName = cmp.Or(p.Spec.NodeName, defaultNode)
 		p.Status.HostIP, p.Status.HostIPs = nodeIPs[0].String(), nil
 		for _, a := range nodeIPs {
 			p.Status.HostIPs = append(p.Status.HostIPs, corev1.HostIP{IP: a.String()})
