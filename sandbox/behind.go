@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"net/netip"
+
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/verdict"
@@ -18,6 +20,15 @@ func (s *Sandbox) behind(a matrix.Attempt) []policy.Endpoint {
 	d, _ := s.index.Destination(verdict.TCP, a.Addr)
 	d.Sticky = false
 	return s.index.Admitted(a.From, d)
+}
+
+// answersAs reports whether an endpoint goes by a name in answers: a pod's own, outside that of the range that it is in.
+func (s *Sandbox) answersAs(e policy.Endpoint, name string) bool {
+	if e.Pod != "" || s.pods[name] != nil {
+		return e.Pod == name
+	}
+	outside, err := netip.ParsePrefix(name)
+	return err == nil && outside.Contains(e.Addr.Addr())
 }
 
 // otherNodes reports whether an attempt without a sidecar is to a service for which the nodes of the manifests would decide.

@@ -165,7 +165,7 @@ func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
 	case matrix.ViaExternal:
 		return s.pods[reached] == nil
 	}
-	return slices.ContainsFunc(s.behind(a), func(e policy.Endpoint) bool { return e.Pod == reached })
+	return slices.ContainsFunc(s.behind(a), func(e policy.Endpoint) bool { return s.answersAs(e, reached) })
 }
 
 // evidence waits for what the sidecar of the reached pod logged of the very connection that its app saw, and returns it if it was
