@@ -7,8 +7,6 @@ import (
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/test/oracle"
@@ -19,8 +17,10 @@ func (m *mutant) change() []event {
 	for {
 		var es []event
 		switch n := m.IntN(100); {
-		case n < 12:
+		case n < 10:
 			es = m.changeNamespace()
+		case n < 15:
+			es = m.changeNode()
 		case n < 62:
 			es = m.changePod()
 		case n < 85:
@@ -92,7 +92,7 @@ func (m *mutant) changePod() []event {
 	i := m.IntN(len(pods))
 	p := pods[i].DeepCopy()
 	name := key(p)
-	switch m.IntN(15) {
+	switch m.IntN(17) {
 	case 0:
 		if len(pods) < 3 {
 			return nil
@@ -135,9 +135,12 @@ func (m *mutant) changePod() []event {
 	case 7, 8:
 		p.Spec.Containers, p.Spec.InitContainers = m.containers()
 		m.tell("pod %s: other ports: %v", name, p.Spec.Containers)
-	case 9:
-		p.Status.HostIPs = choose(m.Rand, pods).Status.HostIPs
-		m.tell("pod %s: on node %v", name, p.Status.HostIPs)
+	case 9, 13, 14:
+		other := choose(m.Rand, pods)
+		if p.Spec.NodeName = other.Spec.NodeName; m.chance(33) { // another node, behind the same addresses or not
+			p.Status.HostIPs = other.Status.HostIPs
+		}
+		m.tell("pod %s: on node %s %v", name, p.Spec.NodeName, p.Status.HostIPs)
 	case 10:
 		p.Status.Phase = choose(m.Rand, []corev1.PodPhase{corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded, corev1.PodFailed})
 		m.tell("pod %s: %s", name, p.Status.Phase)
@@ -210,69 +213,4 @@ func (m *mutant) changePolicy() []event {
 	m.Objects.NetworkPolicies = slices.Clone(all)
 	m.Objects.NetworkPolicies[i] = np
 	return []event{{np, false}}
-}
-
-// serviceAddrs is how many cluster IPs there are.
-const serviceAddrs = 3
-
-var servicePorts = []int32{80, 81}
-
-func serviceAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 96, 0, byte(1 + i)}) }
-
-// changeService changes one of three services, each with its own cluster IP, or one of their slices. Selectors are not followed
-// here: whose addresses a slice holds is left to chance.
-func (m *mutant) changeService() []event {
-	n := m.IntN(serviceAddrs)
-	name := fmt.Sprintf("svc%d", n)
-	meta := metav1.ObjectMeta{Namespace: m.Objects.Namespaces[0].Name, Name: name}
-	if m.chance(50) {
-		s := &corev1.Service{ObjectMeta: meta, Spec: corev1.ServiceSpec{ClusterIPs: []string{serviceAddr(n).String()}}}
-		i := slices.IndexFunc(m.Objects.Services, func(s *corev1.Service) bool { return s.Name == name })
-		if i >= 0 {
-			m.Objects.Services = slices.Delete(slices.Clone(m.Objects.Services), i, i+1)
-			if m.chance(40) {
-				m.tell("service %s goes", name)
-				return []event{{s, true}}
-			}
-		}
-		for _, p := range servicePorts {
-			if m.chance(70) {
-				s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p})
-			}
-		}
-		m.tell("service %s: ports %v", name, s.Spec.Ports)
-		m.Objects.Services = append(slices.Clone(m.Objects.Services), s)
-		return []event{{s, false}}
-	}
-	return m.changeSlice(name, meta)
-}
-
-func (m *mutant) changeSlice(service string, meta metav1.ObjectMeta) []event {
-	meta.Name = fmt.Sprint("slice", m.IntN(4)) // a slice may change its service
-	s := &discoveryv1.EndpointSlice{ObjectMeta: meta, AddressType: discoveryv1.AddressTypeIPv4}
-	s.Labels = map[string]string{discoveryv1.LabelServiceName: service}
-	i := slices.IndexFunc(m.Objects.EndpointSlices, func(o *discoveryv1.EndpointSlice) bool { return o.Name == s.Name })
-	if i >= 0 {
-		old := m.Objects.EndpointSlices[i]
-		m.Objects.EndpointSlices = slices.Delete(slices.Clone(m.Objects.EndpointSlices), i, i+1)
-		if m.chance(30) {
-			m.tell("endpoint slice %s goes", s.Name)
-			return []event{{old, true}}
-		}
-	}
-	for _, p := range servicePorts {
-		name, port := fmt.Sprint("p", p), choose(m.Rand, []int32{80, 8080})
-		s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: &name, Port: &port})
-	}
-	for _, p := range m.Objects.Pods {
-		for _, a := range oracle.Addresses(p) {
-			if a.Is4() && m.chance(30) {
-				ready := m.chance(80)
-				s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a.String()}, Conditions: discoveryv1.EndpointConditions{Ready: &ready}})
-			}
-		}
-	}
-	m.tell("endpoint slice %s: %d endpoints of %s", s.Name, len(s.Endpoints), service)
-	m.Objects.EndpointSlices = append(slices.Clone(m.Objects.EndpointSlices), s)
-	return []event{{s, false}}
 }

@@ -102,7 +102,10 @@ type reading struct {
 }
 
 // podReading is what an index says of a pod.
-type podReading struct{ subject, hash, seen string }
+type podReading struct {
+	subject, hash, seen string
+	destinations        string // what cluster IPs stand for to it
+}
 
 // read reads all pods. What others see of a pod is in it, too: who depends on that has to be told by name.
 func read(x *policy.Index, pods []*corev1.Pod) reading {
@@ -115,11 +118,7 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 		for _, port := range servicePorts {
 			to := netip.AddrPortFrom(serviceAddr(i), uint16(port))
 			d, ok := x.Destination(verdict.TCP, to)
-			text := fmt.Sprint(ok)
-			for _, e := range d.Endpoints {
-				text += " " + e.Addr.String()
-			}
-			out.services[to] = text
+			out.services[to] = fmt.Sprint(ok, d.Local, d.Sticky, addresses(d.Endpoints), addresses(d.Others))
 		}
 	}
 	for _, o := range pods {
@@ -127,7 +126,21 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 		if !ok {
 			continue
 		}
-		out.pods[p.Name] = podReading{p.Subject.Key, hashes[p.Subject.Key], fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar)}
+		r := podReading{subject: p.Subject.Key, hash: hashes[p.Subject.Key], seen: fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar)}
+		for i := range serviceAddrs {
+			for _, port := range servicePorts {
+				d, _ := x.DestinationFor(p.Name, verdict.TCP, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
+				r.destinations += fmt.Sprint(addresses(d.Endpoints))
+			}
+		}
+		out.pods[p.Name] = r
+	}
+	return out
+}
+
+func addresses(endpoints []policy.Endpoint) (out []netip.AddrPort) {
+	for _, e := range endpoints {
+		out = append(out, e.Addr)
 	}
 	return out
 }
@@ -153,6 +166,8 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 		switch {
 		case (old.subject != now.subject || old.seen != now.seen) && !byPod:
 			return n, fmt.Sprintf("pod %s changed from %+v to %+v, and no delta names it", name, old, now)
+		case old.destinations != now.destinations && !byPod && len(d.Services) == 0:
+			return n, fmt.Sprintf("to pod %s services stood for %s and stand for %s, and no delta names it or a service", name, old.destinations, now.destinations)
 		case old.hash != now.hash && !byPod && !slices.Contains(d.Subjects, now.subject):
 			return n, fmt.Sprintf("the verdicts of pod %s changed, and no delta names it or its subject %s", name, now.subject)
 		case old.hash != now.hash:
@@ -225,6 +240,11 @@ func (m *mutant) compare(fresh, x *policy.Index, after reading) string {
 			return fmt.Sprintf("%s stands for %+v (%v), and a fresh index says %+v (%v)", to, b, okB, a, okA)
 		}
 		for _, p := range m.Objects.Pods {
+			a, _ := fresh.DestinationFor(key(p), verdict.TCP, to)
+			b, _ := x.DestinationFor(key(p), verdict.TCP, to)
+			if fmt.Sprint(a, fresh.Admitted(key(p), a)) != fmt.Sprint(b, x.Admitted(key(p), b)) {
+				return fmt.Sprintf("%s stands for %+v to %s, and a fresh index says %+v", to, b, key(p), a)
+			}
 			if a, b := fresh.Answer(key(p), verdict.TCP, to), x.Answer(key(p), verdict.TCP, to); a != b {
 				return fmt.Sprintf("%s to %s: %+v, and a fresh index says %+v", key(p), to, b, a)
 			}
