@@ -20,7 +20,7 @@ import (
 )
 
 // wanted are the examples that the documentation promises.
-var wanted = []string{"allow-all", "block-in", "block-out", "database-from-one-service", "deny-all", "egress-dns-and-cidr", "namespace-isolation", "shop"}
+var wanted = []string{"allow-all", "block-in", "block-out", "database-from-one-service", "deny-all", "egress-dns-and-cidr", "namespace-isolation", "services", "shop"}
 
 // folders are the folders here that hold manifests.
 func folders(t *testing.T) []string {
