@@ -109,6 +109,8 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
 	case dst == nil && slices.Contains(src.hostIPs, addr):
 		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
+	case dst == nil && src.sidecar && x.services.owner(addr) != nil: // as an endpoint it would be balanced once more, past all policy
+		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}
 	case dst == nil && src.sidecar && x.inPodNetwork(addr):
 		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + addr.String()}}
 	case !sourceAddr(src, addr).IsValid():

@@ -233,13 +233,14 @@ func (x *Index) endpointsOf(v *service, p servicePort, v4 bool) []candidate {
 }
 
 // candidate reads one endpoint of a slice: its first address (no meaning is defined for others, Endpoint.addresses), and conditions
-// of which an absent ready and an absent serving mean true, an absent terminating false (EndpointConditions).
+// of which an absent ready and an absent serving mean true, an absent terminating false (EndpointConditions). Addresses that a host
+// has only to itself or its link the API server refuses; connecting there a sidecar would meet its own loopback, or the node's.
 func (x *Index) candidate(e *discoveryv1.Endpoint, port uint16) (candidate, bool) {
 	if len(e.Addresses) == 0 {
 		return candidate{}, false
 	}
 	addr, err := netip.ParseAddr(e.Addresses[0])
-	if err != nil {
+	if err != nil || !addr.Unmap().IsGlobalUnicast() || addr.Zone() != "" {
 		return candidate{}, false
 	}
 	c := candidate{Endpoint: x.endpoint(netip.AddrPortFrom(addr.Unmap(), port)), node: deref(e.NodeName)}

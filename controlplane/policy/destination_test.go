@@ -95,7 +95,9 @@ func TestEndpointsAreThoseOfTheServiceProxy(t *testing.T) {
 		"nodes, and where there is none the zone": {"", nodes, [5]string{"10 11", "10", "10", "11", "10 11"}},
 		"only the first address has a meaning":    {"", "{addresses: [10.64.0.10, 10.64.0.11]}", [5]string{"10", "10", "10", "10", "10"}},
 		"twice, once not ready":                   {"", "{addresses: [10.64.0.10], " + notReady + "}, {addresses: [10.64.0.10]}", [5]string{"10", "10", "10", "10", "10"}},
-		"none":                                    {"", "", [5]string{}},
+		"addresses of nobody's network": {"", "{addresses: [127.0.0.1]}, {addresses: [169.254.169.254]}, {addresses: [0.0.0.0]}, {addresses: [224.0.0.1]}, {addresses: ['::ffff:7f00:1']}, {addresses: [255.255.255.255]}, {addresses: [10.64.0.10]}",
+			[5]string{"10", "10", "10", "10", "10"}},
+		"none": {"", "", [5]string{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			x := serviceWorld(t, c.spec, c.endpoints)
@@ -190,6 +192,18 @@ func TestStickyStays(t *testing.T) {
 		if (now != before[i]) != (before[i] == "12") {
 			t.Errorf("client %d went from %s to %s when 12 was closed", i, before[i], now)
 		}
+	}
+}
+
+// TestServicesAreNoEndpoints: whoever connected there would be balanced by the node, to pods that no policy was asked about.
+func TestServicesAreNoEndpoints(t *testing.T) {
+	x := serviceWorld(t, "", "{addresses: [10.96.0.6]}, {addresses: [203.0.113.7]}")
+	other := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "other"}}
+	read(t, "{clusterIPs: [10.96.0.6], ports: [{port: 8080, protocol: TCP}]}", &other.Spec)
+	apply(t, x, other)
+	d, _ := x.DestinationFor("shop/on-n1", verdict.TCP, netip.MustParseAddrPort(vip))
+	if got := x.Admitted("shop/on-n1", d); len(got) != 1 || got[0].Addr != netip.MustParseAddrPort("203.0.113.7:8080") {
+		t.Errorf("%v of %+v", got, d)
 	}
 }
 

@@ -279,6 +279,9 @@ func decide(x *policy.Index, a Attempt) Connection {
 			denied = append(denied, ans)
 		}
 	}
+	if one := x.Admitted(a.From, d); pod.Sidecar && d.Sticky && len(one) > 0 {
+		allowed = []policy.Answer{x.Answer(a.From, verdict.TCP, one[0].Addr)}
+	}
 	switch {
 	case len(allowed) == 0:
 		c.fill(denied[0])
