@@ -285,7 +285,7 @@ func each(list []*discoveryv1.EndpointSlice, change func(pod string, c *discover
 }
 
 // stickyEndpoint: each family has an endpoint of its own, on all ports; when that goes another one takes its place, and when it is back so
-// is the client. When another one goes and comes nothing changes.
+// is the client. When another one goes and comes nothing changes. A connection that is open stays where it is, whatever comes and goes.
 func stickyEndpoint(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 	one := func(vip string) string {
 		t.Helper()
@@ -309,10 +309,14 @@ func stickyEndpoint(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 	}
 	for _, vip := range vips["sticky"] {
 		first := one(vip)
+		st := open(t, s, at(vip, 80), first)
 		for _, gone := range []string{"api-0", "api-1", "api-2"} {
 			without(gone)
 			if now := one(vip); now == gone || now != first && gone != first {
 				t.Errorf("by %s: %s became %s when %s went", vip, first, now, gone)
+			}
+			if who := st.talk(t); !strings.Contains(who, first) {
+				t.Errorf("by %s: a connection to %s is answered by %s", vip, first, who)
 			}
 		}
 		without("")
