@@ -6,13 +6,15 @@ import (
 	"strconv"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // deltaStream is an incremental stream: each response holds only what changed. A name that this server does not have is answered
 // at once, as removed.
 type deltaStream struct {
-	log  *slog.Logger
-	send func(*discoveryv3.DeltaDiscoveryResponse) error
+	log      *slog.Logger
+	accepted func(spiffeid.ID) // is told whose certificate Envoy has taken over
+	send     func(*discoveryv3.DeltaDiscoveryResponse) error
 
 	begun    bool
 	names    map[string]bool              // subscribed and offered
@@ -20,6 +22,7 @@ type deltaStream struct {
 	unknown  []string                     // to be answered
 	nonce    int                          // of the last response
 	inFlight map[string]map[string]string // nonce → what it carried, until it is answered
+	ids      map[string]spiffeid.ID       // nonce → whose certificate that was, if one
 }
 
 func (d *deltaStream) receive(req *discoveryv3.DeltaDiscoveryRequest) error {
@@ -30,11 +33,15 @@ func (d *deltaStream) receive(req *discoveryv3.DeltaDiscoveryRequest) error {
 	if first {
 		d.begun = true
 		d.names, d.sent, d.inFlight = map[string]bool{}, map[string]string{}, map[string]map[string]string{}
+		d.ids = map[string]spiffeid.ID{}
 	}
 	if detail := req.GetErrorDetail(); detail != nil {
 		logNACK(d.log, d.inFlight[req.GetResponseNonce()], detail.GetMessage())
+	} else {
+		d.accepted(d.ids[req.GetResponseNonce()])
 	}
 	delete(d.inFlight, req.GetResponseNonce())
+	delete(d.ids, req.GetResponseNonce())
 	for _, name := range req.GetResourceNamesUnsubscribe() {
 		delete(d.names, name)
 		delete(d.sent, name)
@@ -62,6 +69,7 @@ func (d *deltaStream) push(have map[string]secret) error {
 	resp := &discoveryv3.DeltaDiscoveryResponse{TypeUrl: typeURL, RemovedResources: d.unknown}
 	d.unknown = nil
 	carried := make(map[string]string)
+	var id spiffeid.ID
 	for name := range d.names {
 		s, ok := have[name]
 		if !ok || d.sent[name] == s.version {
@@ -69,6 +77,9 @@ func (d *deltaStream) push(have map[string]secret) error {
 		}
 		resp.Resources = append(resp.Resources, &discoveryv3.Resource{Name: name, Version: s.version, Resource: s.body})
 		d.sent[name], carried[name] = s.version, s.version
+		if !s.id.IsZero() {
+			id = s.id
+		}
 	}
 	if len(resp.GetResources()) == 0 && len(resp.GetRemovedResources()) == 0 {
 		return nil
@@ -76,6 +87,6 @@ func (d *deltaStream) push(have map[string]secret) error {
 	sort.Slice(resp.Resources, func(i, j int) bool { return resp.Resources[i].GetName() < resp.Resources[j].GetName() })
 	d.nonce++
 	resp.Nonce = strconv.Itoa(d.nonce)
-	d.inFlight[resp.GetNonce()] = carried
+	d.inFlight[resp.GetNonce()], d.ids[resp.GetNonce()] = carried, id
 	return d.send(resp)
 }

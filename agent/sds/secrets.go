@@ -11,6 +11,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -25,7 +26,8 @@ const spiffeValidator = "envoy.tls.cert_validator.spiffe"
 // secret is one resource as it goes over the wire.
 type secret struct {
 	name    string
-	version string // content hash
+	version string      // content hash
+	id      spiffeid.ID // of the workload's certificate; zero for the bundle
 	body    *anypb.Any
 }
 
@@ -34,7 +36,7 @@ func offered(name string) bool { return name == names.SecretWorkload || name == 
 
 // secrets builds both secrets from the source as it is now. Both or none: without a valid SVID there is no trust domain to
 // trust, and Envoy must not take part in anything.
-func secrets(source svid.Source) (map[string]secret, error) {
+func secrets(source svid.Source, epoch int64) (map[string]secret, error) {
 	s, err := source.GetX509SVID()
 	if err != nil {
 		return nil, err
@@ -53,7 +55,7 @@ func secrets(source svid.Source) (map[string]secret, error) {
 	if bundle.Empty() { // Envoy would refuse it; say it in our words
 		return nil, fmt.Errorf("trust bundle of %q has no root", s.ID.TrustDomain())
 	}
-	workload, err := workloadSecret(s)
+	workload, err := workloadSecret(s, epoch)
 	if err != nil {
 		return nil, err
 	}
@@ -61,10 +63,13 @@ func secrets(source svid.Source) (map[string]secret, error) {
 	if err != nil {
 		return nil, err
 	}
+	workload.id = s.ID
 	return map[string]secret{workload.name: workload, trust.name: trust}, nil
 }
 
-func workloadSecret(s *x509svid.SVID) (secret, error) {
+// workloadSecret is the certificate and its key. Before them stands the epoch, outside of the PEM blocks, where it means nothing: with
+// other bytes Envoy makes a new TLS context, and the keys of the old one's session tickets are gone.
+func workloadSecret(s *x509svid.SVID, epoch int64) (secret, error) {
 	key, err := x509.MarshalPKCS8PrivateKey(s.PrivateKey)
 	if err != nil {
 		return secret{}, fmt.Errorf("private key of %s: %w", s.ID, err)
@@ -72,7 +77,7 @@ func workloadSecret(s *x509svid.SVID) (secret, error) {
 	return seal(&tlsv3.Secret{
 		Name: names.SecretWorkload,
 		Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
-			CertificateChain: inline(certificatesPEM(s.Certificates)),
+			CertificateChain: inline(append(fmt.Appendf(nil, "sessions %d\n", epoch), certificatesPEM(s.Certificates)...)),
 			PrivateKey:       inline(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})),
 		}},
 	})

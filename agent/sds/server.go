@@ -7,6 +7,11 @@
 // Two secrets exist, named by xds/names: "workload" (certificate chain and key) and "bundle" (Envoy's SPIFFE validator with the
 // roots of the trust domain). Register the server only on a socket that nobody but the pod's Envoy can reach: it gives away the
 // private key.
+//
+// Envoy resumes TLS sessions, and asks neither for the certificate nor for its expiry then. Nothing in Envoy bounds that, but the keys of
+// session tickets live no longer than the TLS context, and that is made anew when the secret's bytes change. So they change with each
+// period of [SessionBound], whether or not the certificate does and whether or not the control plane can be reached: a session is
+// resumed for no longer than that, and by nobody later than that after the expiry of his certificate.
 package sds
 
 import (
@@ -15,8 +20,10 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -32,14 +39,50 @@ type Server struct {
 	secretv3.UnimplementedSecretDiscoveryServiceServer
 
 	source svid.Source
+	bound  time.Duration
+	began  time.Time
 	log    *slog.Logger
 	closed chan struct{}
 	once   sync.Once
+
+	mu      sync.Mutex
+	held    spiffeid.ID   // of the certificate that Envoy accepted last; zero: none
+	changed chan struct{} // closed when held changes
 }
 
-// New returns a Server for one workload's source.
-func New(source svid.Source, log *slog.Logger) *Server {
-	return &Server{source: source, log: log, closed: make(chan struct{})}
+// SessionBound is how long TLS sessions can be resumed, unless the configuration says otherwise.
+const SessionBound = 10 * time.Minute
+
+// New returns a Server for one workload's source. No TLS session with Envoy is resumed for longer than bound; zero: SessionBound.
+func New(source svid.Source, bound time.Duration, log *slog.Logger) *Server {
+	if bound <= 0 {
+		bound = SessionBound
+	}
+	return &Server{source: source, bound: bound, began: time.Now(), log: log, closed: make(chan struct{}), changed: make(chan struct{})}
+}
+
+// epoch numbers the periods of the length of the bound, and says when the present one ends.
+func (s *Server) epoch() (number int64, left time.Duration) {
+	since := time.Since(s.began)
+	return int64(since / s.bound), s.bound - since%s.bound
+}
+
+// Held returns the identity of the certificate that Envoy accepted last, and a channel that is closed when it is another.
+func (s *Server) Held() (id spiffeid.ID, changed <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.held, s.changed
+}
+
+func (s *Server) accepted(id spiffeid.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id.IsZero() || id == s.held {
+		return
+	}
+	s.held = id
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
 // Register adds the service to a gRPC server.
@@ -50,12 +93,12 @@ func (s *Server) Close() { s.once.Do(func() { close(s.closed) }) }
 
 // StreamSecrets implements the state-of-the-world variant.
 func (s *Server) StreamSecrets(stream secretv3.SecretDiscoveryService_StreamSecretsServer) error {
-	return serve(s, &worldStream{log: s.log, send: stream.Send}, stream.Recv, stream)
+	return serve(s, &worldStream{log: s.log, accepted: s.accepted, send: stream.Send}, stream.Recv, stream)
 }
 
 // DeltaSecrets implements the incremental variant.
 func (s *Server) DeltaSecrets(stream secretv3.SecretDiscoveryService_DeltaSecretsServer) error {
-	return serve(s, &deltaStream{log: s.log, send: stream.Send}, stream.Recv, stream)
+	return serve(s, &deltaStream{log: s.log, accepted: s.accepted, send: stream.Send}, stream.Recv, stream)
 }
 
 // variant is one stream's side of the protocol: it remembers subscriptions and what was sent.
@@ -85,7 +128,8 @@ func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream 
 	waiting := false
 	for {
 		updated := s.source.Updated() // before reading, so that no change falls in between
-		have, err := secrets(s.source)
+		epoch, left := s.epoch()
+		have, err := secrets(s.source, epoch)
 		switch {
 		case err != nil && !waiting:
 			s.log.Warn("no secrets to serve yet; Envoy waits", "reason", err)
@@ -96,6 +140,7 @@ func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream 
 		if err := v.push(have); err != nil {
 			return err
 		}
+		next := time.NewTimer(left)
 		select {
 		case <-s.closed:
 			return status.Error(codes.Unavailable, "the agent is shutting down")
@@ -107,11 +152,13 @@ func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream 
 			}
 			return err
 		case <-updated:
+		case <-next.C:
 		case req := <-requests:
 			if err := v.receive(req); err != nil {
 				return err
 			}
 		}
+		next.Stop()
 	}
 }
 

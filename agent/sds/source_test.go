@@ -116,6 +116,12 @@ func past() time.Time { return time.Now().Add(-2 * time.Hour) }
 // serveUnix runs an SDS server on a unix socket and ends it, open streams included, when the test ends.
 func serveUnix(t *testing.T, src svid.Source, log *slog.Logger) (s *Server, socket string) {
 	t.Helper()
+	return serveBounded(t, src, time.Hour, log)
+}
+
+// serveBounded does so with a bound for sessions.
+func serveBounded(t *testing.T, src svid.Source, bound time.Duration, log *slog.Logger) (s *Server, socket string) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "sds") // t.TempDir is too long for the 108 bytes of a socket's path
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +131,7 @@ func serveUnix(t *testing.T, src svid.Source, log *slog.Logger) (s *Server, sock
 	if err != nil {
 		t.Fatal(err)
 	}
-	s = New(src, log)
+	s = New(src, bound, log)
 	g := grpc.NewServer()
 	s.Register(g)
 	done := make(chan error, 1)

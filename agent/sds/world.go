@@ -9,17 +9,20 @@ import (
 	"strconv"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // worldStream is a state-of-the-world stream: each request lists all names, each response holds all that exist of them. A name
 // that this server does not have stays unanswered, since the protocol has no word for it.
 type worldStream struct {
-	log  *slog.Logger
-	send func(*discoveryv3.DiscoveryResponse) error
+	log      *slog.Logger
+	accepted func(spiffeid.ID) // is told whose certificate Envoy has taken over
+	send     func(*discoveryv3.DiscoveryResponse) error
 
 	names []string          // subscribed and offered, sorted
 	sent  map[string]string // name → version last sent
 	nonce int               // of the last response; 0: none yet
+	id    spiffeid.ID       // whose certificate it carried, if one
 }
 
 func (w *worldStream) receive(req *discoveryv3.DiscoveryRequest) error {
@@ -31,6 +34,8 @@ func (w *worldStream) receive(req *discoveryv3.DiscoveryRequest) error {
 	}
 	if detail := req.GetErrorDetail(); detail != nil {
 		logNACK(w.log, w.sent, detail.GetMessage())
+	} else if req.GetResponseNonce() != "" {
+		w.accepted(w.id)
 	}
 	w.names = nil
 	sent := make(map[string]string)
@@ -53,10 +58,14 @@ func (w *worldStream) push(have map[string]secret) error {
 	resp := &discoveryv3.DiscoveryResponse{TypeUrl: typeURL}
 	sum, changed := sha256.New(), false
 	sent := make(map[string]string)
+	var id spiffeid.ID
 	for _, name := range w.names {
 		s, ok := have[name]
 		if !ok {
 			continue
+		}
+		if !s.id.IsZero() {
+			id = s.id
 		}
 		resp.Resources = append(resp.Resources, s.body)
 		sent[name] = s.version
@@ -66,7 +75,7 @@ func (w *worldStream) push(have map[string]secret) error {
 	if !changed {
 		return nil
 	}
-	w.sent = sent
+	w.sent, w.id = sent, id
 	w.nonce++
 	resp.Nonce = strconv.Itoa(w.nonce)
 	resp.VersionInfo = hex.EncodeToString(sum.Sum(nil)[:8])
