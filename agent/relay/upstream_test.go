@@ -98,7 +98,7 @@ func TestUpstream(t *testing.T) {
 			}
 			defer conn.Close()
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-			defer cancel()
+			defer cancel() // before Close, which waits for it
 			stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/"+serviceName+"/"+methodDelta)
 			if tt.want != codes.OK {
 				if err == nil {
