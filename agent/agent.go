@@ -53,10 +53,11 @@ type agent struct {
 	dir       *runDir
 	redirect  *netfilter.Redirect
 	source    *svid.Builtin
-	upstream  *grpc.ClientConn
+	upstream  *relay.Connection
 	relay     *relay.Relay
 	verdicts  *verdicts.Holder
 	sds       *sds.Server
+	identity  *ownIdentity
 	flows     *flows.Receiver
 	peer      *peer
 	envoy     *envoy.Process
@@ -93,7 +94,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	}
 	a.source, err = svid.NewBuiltin(svid.BuiltinConfig{
 		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Token: cfg.Token, Log: cfg.Logger,
-		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return netfilter.Dial(ctx, "tcp", addr) },
+		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return netfilter.Dial(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
 	})
 	if err != nil {
 		return nil, err
@@ -107,7 +108,8 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
 	a.verdicts = verdicts.New()
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.verdicts.Apply})
-	a.sds = sds.New(a.source, cfg.Logger)
+	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
+	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
 	a.peer = newPeer(uid)
 	a.envoy, err = envoy.New(envoy.Config{
@@ -122,7 +124,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
+	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, identity: a.identity.missing, trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
 	return a, nil
 }
 
@@ -177,6 +179,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return named("agent socket", server.Serve(guarded{a.socket, a.peer, a.cfg.Logger})) })
 	parts.Go(func() error { return named("status socket", probes.Serve(a.statusSocket)) })
 	parts.Go(func() error { return a.source.Run(rest) })
+	parts.Go(func() error { a.identity.follow(rest); return nil })
 	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect) })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {

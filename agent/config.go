@@ -29,6 +29,8 @@ type Config struct {
 	Concurrency  int                    // Envoy's worker threads; 0: 1
 	Exempt       envoy.Privilege        // how the redirect tells Envoy's connections; "": envoy.OwnUser
 	DrainTimeout time.Duration          // how long open connections may live on after the end was asked for; 0: they are cut
+	RenewAfter   time.Duration          // age at which the X.509-SVID is renewed, if that is before its half-life; 0: at half-life
+	SessionBound time.Duration          // how long TLS sessions may be resumed, and an expired certificate with them; 0: sds.SessionBound
 	EnvoyLog     io.Writer              // Envoy's log; nil: thrown away
 	Logger       *slog.Logger
 }
@@ -68,6 +70,10 @@ func (c *Config) check() error {
 		return errors.New("the run directory is missing")
 	case c.DrainTimeout < 0:
 		return fmt.Errorf("drain timeout %s is negative", c.DrainTimeout)
+	case c.RenewAfter < 0:
+		return fmt.Errorf("renewal after %s: negative", c.RenewAfter)
+	case c.SessionBound < 0 || c.SessionBound > 0 && c.SessionBound < time.Second:
+		return fmt.Errorf("session bound %s: at least 1s; to resume no sessions at all is for the control plane to say", c.SessionBound)
 	}
 	var err error
 	c.RunDir, err = filepath.Abs(c.RunDir)

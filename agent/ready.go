@@ -20,6 +20,7 @@ type readiness struct {
 		Missing() string
 		Changed() <-chan struct{}
 	}
+	identity func() string // why the certificate that Envoy shows is not the pod's, or ""
 	trouble  func() string // why the control plane gives no configuration, or ""
 	envoy    *peer
 	stopping <-chan struct{}
@@ -60,6 +61,10 @@ func (r *readiness) state() state {
 	if pid == 0 {
 		s.missing = append(s.missing, "envoy is not running")
 		return s
+	}
+	if why := r.identity(); why != "" {
+		s.missing = append(s.missing, why)
+		s.quiet = true // Envoy's ACK is no event here
 	}
 	unheld := r.ledger.Missing(relay.TypeListener, names.Inbound, names.Gate, names.Outbound)
 	unheld = append(unheld, r.ledger.Missing(relay.TypeExtension, names.RBAC)...)

@@ -25,6 +25,7 @@ type parts struct {
 	missing        map[string][]string // type URL →
 	changed        chan struct{}
 	verdicts       string
+	identity       string
 }
 
 // noVerdicts is what readiness asks of verdicts, beside the Missing of the ledger.
@@ -71,6 +72,7 @@ func TestMissing(t *testing.T) {
 		{"redirect", func(_ *readiness, p *parts) { p.redirect = errors.New("table gone") }, "table gone"},
 		{"identity", func(_ *readiness, p *parts) { p.svid = errors.New("expired") }, "expired"},
 		{"verdicts", func(_ *readiness, p *parts) { p.verdicts = "none have come" }, "none have come"},
+		{"another identity", func(_ *readiness, p *parts) { p.identity = "has another name now" }, "has another name now"},
 		{"envoy", func(r *readiness, _ *parts) { r.envoy.set(0) }, "envoy is not running"},
 		{"listener", func(_ *readiness, p *parts) { p.missing[relay.TypeListener] = []string{"gate"} }, "envoy has not accepted: gate (no control plane)"},
 		{"rbac", func(_ *readiness, p *parts) { p.missing[relay.TypeExtension] = []string{"rbac"} }, "envoy has not accepted: rbac"},
@@ -79,7 +81,7 @@ func TestMissing(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
-			r := &readiness{redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
+			r := &readiness{redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, identity: func() string { return p.identity }, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
 			tt.change(r, p)
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()

@@ -50,6 +50,8 @@ func runCommand() *cobra.Command {
 	flags.IntVar(&f.cfg.Concurrency, "concurrency", 1, "Envoy's worker threads")
 	flags.StringVar(&f.exempt, "exempt", string(envoy.OwnUser), "how the redirect tells Envoy's own connections: uid (Envoy has a user of its own) or mark (it shares the agent's)")
 	flags.DurationVar(&f.cfg.DrainTimeout, "drain-timeout", 5*time.Second, "how long open connections may live on after SIGTERM")
+	flags.DurationVar(&f.cfg.RenewAfter, "renew-after", 0, "renew the certificate at this age, if that is before half of its validity is over; 0: never earlier")
+	flags.DurationVar(&f.cfg.SessionBound, "session-bound", 10*time.Minute, "how long TLS sessions with this pod may be resumed, which is how long an expired certificate may be accepted at most")
 	flags.StringVar(&f.capture, "capture", "redirect", "how the pod's traffic gets to Envoy; only redirect so far")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "log each configuration that Envoy accepts")
 	for _, name := range []string{"pod", "control-plane", "trust-domain", "bundle", "token-file", "run-dir"} {
