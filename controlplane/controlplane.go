@@ -26,14 +26,17 @@ type Config struct {
 	Policy policy.Config
 	// ServiceNetwork holds the ranges from which Services get their cluster IPs.
 	ServiceNetwork []netip.Prefix
-	Log            *slog.Logger // nil: nothing is logged
+	// Resumption says whether sidecars resume TLS sessions; zero: they do.
+	Resumption xds.Resumption
+	Log        *slog.Logger // nil: nothing is logged
 }
 
 // ControlPlane holds the policy index and keeps the xDS server's sidecars up to date with it. It is safe for concurrent use.
 type ControlPlane struct {
-	cluster []netip.Prefix // where sidecars find each other: pod and service networks
-	log     *slog.Logger
-	xds     *server.Server
+	cluster  []netip.Prefix // where sidecars find each other: pod and service networks
+	sessions xds.Resumption
+	log      *slog.Logger
+	xds      *server.Server
 
 	mu       sync.Mutex
 	index    *policy.Index
@@ -61,6 +64,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 	}
 	cp := &ControlPlane{
 		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
+		sessions: c.Resumption,
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
 		hashes:   map[string]string{},
@@ -285,7 +289,7 @@ func (cp *ControlPlane) inboundFor(node string, addrs []netip.Addr) (*server.Res
 	if r, ok := cp.inbound[node]; ok {
 		return r, nil
 	}
-	r, err := resource(xds.Inbound(addrs))
+	r, err := resource(xds.Inbound(addrs, cp.sessions))
 	if err != nil {
 		return nil, err
 	}

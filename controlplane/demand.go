@@ -55,7 +55,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 	if !cp.demand.known[name] {
 		return nil, false
 	}
-	r, err := resource(xds.OnDemand(name, endpoints))
+	r, err := resource(xds.OnDemand(name, endpoints, cp.sessions))
 	if err != nil {
 		cp.log.Error("an on-demand cluster cannot be made", "client", client, "cluster", name, "error", err)
 		return nil, false

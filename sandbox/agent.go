@@ -20,6 +20,7 @@ import (
 type agentRun struct {
 	binary, envoy, bundle, trustDomain string
 	single                             bool // one uid only: Envoy is told apart by its socket mark
+	lifetimes                          Lifetimes
 }
 
 // agent is a running mantlet-agent.
@@ -47,8 +48,8 @@ func (r agentRun) start(ctx context.Context, p *netns.Pod, controlPlane, dir, to
 	var err error
 	a.process, err = p.Start(ctx, netns.Command{
 		Path: r.binary,
-		Args: []string{"run", "--pod", p.Name(), "--control-plane", controlPlane, "--trust-domain", r.trustDomain, "--bundle", r.bundle,
-			"--token-file", tokenFile, "--envoy", r.envoy, "--run-dir", a.dir, "--flows", "-", "--exempt", exempt, "--drain-timeout", "1s"},
+		Args: append([]string{"run", "--pod", p.Name(), "--control-plane", controlPlane, "--trust-domain", r.trustDomain, "--bundle", r.bundle,
+			"--token-file", tokenFile, "--envoy", r.envoy, "--run-dir", a.dir, "--flows", "-", "--exempt", exempt, "--drain-timeout", "1s"}, r.lifetimes.flags()...),
 		Env:    []string{"PATH=/usr/bin:/bin"},
 		Stdout: a.flows,
 		Stderr: a.stderr,

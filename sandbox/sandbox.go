@@ -42,6 +42,7 @@ type Config struct {
 	Policy    policy.Config
 	Options   matrix.Options
 	Binaries  Binaries
+	Lifetimes Lifetimes
 	Log       *slog.Logger
 	// Progress is told of each step: what is done, how much of how much.
 	Progress func(what string, done, of int)
@@ -135,13 +136,13 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 func (s *Sandbox) serve(ctx context.Context) error {
 	td := s.cfg.Policy.TrustDomain
 	var err error
-	if s.authority, err = ca.New(ca.Config{TrustDomain: td}); err != nil {
+	if s.authority, err = ca.New(ca.Config{TrustDomain: td, TTL: s.cfg.Lifetimes.SVID}); err != nil {
 		return err
 	}
 	s.minter = attest.NewMinter(attest.MinterConfig{})
 	v4, v6 := s.network.Addresses()
 	s.cp, s.grpc, err = controlplane.NewServer(
-		controlplane.Config{Policy: s.cfg.Policy, ServiceNetwork: s.cfg.Manifests.ServiceNetwork, Log: s.cfg.Log},
+		controlplane.Config{Policy: s.cfg.Policy, ServiceNetwork: s.cfg.Manifests.ServiceNetwork, Resumption: s.cfg.Lifetimes.Resumption, Log: s.cfg.Log},
 		s.authority, s.minter, server.Config{Log: s.cfg.Log}, []netip.Addr{v4, v6})
 	if err != nil {
 		return err
@@ -329,7 +330,7 @@ func (s *Sandbox) startAgents(ctx context.Context) error {
 func (s *Sandbox) agentRun() (agentRun, error) {
 	run := agentRun{
 		binary: s.cfg.Binaries.Agent, envoy: filepath.Join(s.dir, "envoy"), bundle: filepath.Join(s.dir, "bundle.pem"),
-		trustDomain: s.cfg.Policy.TrustDomain.Name(), single: s.enclosure.SingleUID,
+		trustDomain: s.cfg.Policy.TrustDomain.Name(), single: s.enclosure.SingleUID, lifetimes: s.cfg.Lifetimes,
 	}
 	if s.envoy != "" {
 		return run, nil

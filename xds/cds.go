@@ -87,7 +87,7 @@ const matchKey = "envoy.transport_socket_match"
 
 // OnDemand is the cluster for one destination as one identity may reach it. Each endpoint must prove the very SAN that is expected
 // of it. Without endpoints every connection is closed at once.
-func OnDemand(name string, endpoints []Endpoint) *clusterv3.Cluster {
+func OnDemand(name string, endpoints []Endpoint, sessions Resumption) *clusterv3.Cluster {
 	var hosts []*endpointv3.LbEndpoint
 	var sockets []*clusterv3.Cluster_TransportSocketMatch
 	seen := map[spiffeid.ID]bool{}
@@ -104,7 +104,7 @@ func OnDemand(name string, endpoints []Endpoint) *clusterv3.Cluster {
 		seen[e.ID] = true
 		socket := raw()
 		if !e.ID.IsZero() {
-			socket = upstreamTLS(e.ID)
+			socket = upstreamTLS(e.ID, sessions)
 		}
 		sockets = append(sockets, &clusterv3.Cluster_TransportSocketMatch{Name: e.ID.String() + "/", Match: match, TransportSocket: socket})
 	}
@@ -112,7 +112,7 @@ func OnDemand(name string, endpoints []Endpoint) *clusterv3.Cluster {
 	c.TransportSocketMatches = sockets
 	// An endpoint that matches none of the above must never be reached in plaintext.
 	if len(hosts) > 0 {
-		c.TransportSocket = upstreamTLS(nobody)
+		c.TransportSocket = upstreamTLS(nobody, sessions)
 	}
 	return c
 }
@@ -120,7 +120,7 @@ func OnDemand(name string, endpoints []Endpoint) *clusterv3.Cluster {
 // nobody is an identity that no workload has.
 var nobody = spiffeid.RequireFromString("spiffe://mantlet.invalid/nobody")
 
-func upstreamTLS(id spiffeid.ID) *corev3.TransportSocket {
+func upstreamTLS(id spiffeid.ID, sessions Resumption) *corev3.TransportSocket {
 	c := commonTLS()
 	c.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 		DefaultValidationContext: &tlsv3.CertificateValidationContext{
@@ -131,7 +131,7 @@ func upstreamTLS(id spiffeid.ID) *corev3.TransportSocket {
 		},
 		ValidationContextSdsSecretConfig: secret(names.SecretBundle),
 	}}
-	return transportSocket("tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: c, MaxSessionKeys: wrapperspb.UInt32(0)})
+	return transportSocket("tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: c, MaxSessionKeys: sessions.maxSessionKeys()})
 }
 
 // ParseOnDemand reads the name of an on-demand cluster, "od|IP:PORT" with an IPv6 address in brackets.

@@ -19,5 +19,5 @@
 // Whatever a matcher does not list is denied by an on_no_match that is always written out: in Envoy an absent one means "no
 // match", an RBAC filter without rules allows everything, and an empty exact map is refused.
 //
-// TLS sessions are not resumed: Envoy checks no expiry on resumption, and nothing bounds the overrun yet.
+// TLS sessions are resumed, unless Resumption says otherwise. Envoy checks no expiry on resumption; the agents bound the overrun.
 package xds

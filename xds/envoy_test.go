@@ -41,17 +41,21 @@ func TestEnvoyTakesWhatIsEmitted(t *testing.T) {
 	cluster := []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16"), netip.MustParsePrefix("fd00:10:64::/64")}
 	for name, v := range map[string]*verdict.Verdicts{"rich": rich(), "nothing": {}} {
 		t.Run(name, func(t *testing.T) {
+			sessions := Resume
+			if name == "nothing" {
+				sessions = NeverResume
+			}
 			b := &bootstrapv3.Bootstrap{
 				Node: &corev3.Node{Id: "test", Cluster: "test"},
 				DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{AdsConfig: &corev3.ApiConfigSource{
 					ApiType: corev3.ApiConfigSource_DELTA_GRPC, TransportApiVersion: corev3.ApiVersion_V3, GrpcServices: []*corev3.GrpcService{agent()}}},
 				BootstrapExtensions: []*corev3.TypedExtensionConfig{{Name: "internal_listener", TypedConfig: pack(&internallistenerv3.InternalListener{})}},
 				StaticResources: &bootstrapv3.Bootstrap_StaticResources{
-					Listeners: []*listenerv3.Listener{Inbound(node), Outbound(v, cluster, node), Gate(v)},
+					Listeners: []*listenerv3.Listener{Inbound(node, sessions), Outbound(v, cluster, node), Gate(v)},
 					Clusters: append(Clusters(), agentCluster(), OnDemand("od|10.64.0.9:80", []Endpoint{
 						{Addr: netip.MustParseAddrPort("10.64.0.9:80"), ID: spiffeid.RequireFromString("spiffe://mantlet.local/ns/a/sa/b/labels/c")},
 						{Addr: netip.MustParseAddrPort("[fd00:10:64::9]:80")},
-					}), OnDemand("od|[fd00:10:64::9]:80", nil)),
+					}, sessions), OnDemand("od|[fd00:10:64::9]:80", nil, sessions)),
 				},
 			}
 			text, err := protojson.Marshal(b)

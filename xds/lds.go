@@ -37,8 +37,8 @@ const handshakeTimeout = connectTimeout
 const earlyData = 8192
 
 // Inbound captures what arrives at the pod and tells apart mTLS, plaintext and the own node. It depends on nothing but the
-// addresses of the pod's node.
-func Inbound(node []netip.Addr) *listenerv3.Listener {
+// addresses of the pod's node and on a setting of the whole cluster.
+func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	toPlainOrNode := chain(names.ChainPlain)
 	if len(node) > 0 {
 		var routes []route
@@ -66,7 +66,7 @@ func Inbound(node []netip.Addr) *listenerv3.Listener {
 	l.FilterChainMatcher = capture
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
-		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(), TransportSocketConnectTimeout: durationpb.New(handshakeTimeout), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
+		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(sessions), TransportSocketConnectTimeout: durationpb.New(handshakeTimeout), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
 		{Name: names.ChainNode, Filters: []*listenerv3.Filter{alone(), tcpProxy("node", names.ClusterApp)}},
 		{Name: names.ChainPlain, Filters: []*listenerv3.Filter{plainState(), tcpProxy("plain", names.ClusterToGate)}},
 	}
@@ -230,15 +230,10 @@ func commonTLS() *tlsv3.CommonTlsContext {
 	}
 }
 
-func downstreamTLS() *corev3.TransportSocket {
+func downstreamTLS(sessions Resumption) *corev3.TransportSocket {
 	c := commonTLS()
 	c.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret(names.SecretBundle)}
-	return transportSocket("tls", &tlsv3.DownstreamTlsContext{
-		CommonTlsContext:                 c,
-		RequireClientCertificate:         wrapperspb.Bool(true),
-		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
-		DisableStatefulSessionResumption: true,
-	})
+	return sessions.downstream(c)
 }
 
 func transportSocket(name string, m proto.Message) *corev3.TransportSocket {

@@ -19,6 +19,7 @@ import (
 	"github.com/mantlet/mantlet/sandbox"
 	"github.com/mantlet/mantlet/sandbox/console"
 	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/xds"
 )
 
 // Exit codes beside 0 and 1 (bad input, or something that could not be done).
@@ -31,10 +32,14 @@ const (
 type sandboxOptions struct {
 	flows, edits   int
 	watch, verbose bool
+	resumption     string
 }
 
 // check refuses what cannot go together before anything is started.
 func (o sandboxOptions) check(in *input, args []string) error {
+	if _, err := xds.ParseResumption(o.resumption); err != nil {
+		return fmt.Errorf("--%w", err)
+	}
 	switch {
 	case o.edits < 0:
 		return fmt.Errorf("--edits %d: want 0 or more\n  hint: 100 edits make a percentile that means something", o.edits)
@@ -81,6 +86,7 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 	cmd.Flags().IntVar(&opts.flows, "flows", 1, "how many allowed flows the table shows with the SPIFFE IDs of both ends")
 	cmd.Flags().IntVar(&opts.edits, "edits", 0, "then take policies away and put them back, so many times in all, and tell how long each took to be in force")
 	cmd.Flags().BoolVarP(&opts.watch, "watch", "w", false, "keep running and apply the edits of the manifests as they happen")
+	cmd.Flags().StringVar(&opts.resumption, "resumption", "on", "whether sidecars resume TLS sessions: on or off")
 	cmd.Flags().BoolVarP(&opts.verbose, "verbose", "v", false, "log what the control plane does, on standard error")
 	return cmd
 }
@@ -132,6 +138,10 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 	if err != nil {
 		return err
 	}
+	sessions, err := xds.ParseResumption(opts.resumption)
+	if err != nil {
+		return fmt.Errorf("--%w", err)
+	}
 	level := slog.LevelError
 	if opts.verbose {
 		level = slog.LevelDebug
@@ -142,7 +152,7 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 	began := time.Now()
 	s, err := sandbox.Start(ctx, sandbox.Config{
 		Manifests: w.manifests, Policy: w.config, Options: w.options, Binaries: bins, Progress: bar.show,
-		Log: log,
+		Lifetimes: sandbox.Lifetimes{Resumption: sessions}, Log: log,
 	})
 	if err != nil {
 		return err

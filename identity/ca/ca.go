@@ -115,6 +115,9 @@ func configure(cfg Config) (*CA, error) {
 	return c, nil
 }
 
+// TTL is how long an X.509-SVID is valid at most.
+func (c *CA) TTL() time.Duration { return c.ttl }
+
 // TrustDomain returns the trust domain whose identities the CA signs.
 func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
 

@@ -207,27 +207,65 @@ func members(t *testing.T, s *sandbox.Sandbox) {
 	})
 }
 
-// resumption: a session that an admitted peer began is of no use to another, and no peer can leave out its certificate by it.
+// resumption: a resumed session speaks for who began it, and is judged like any other; a ticket is of no use at another sidecar.
 func resumption(t *testing.T, s *sandbox.Sandbox) {
+	evil := pod(t, s, "shop/evil")
 	eachFamily(t, pod(t, s, "shop/db"), func(t *testing.T, a netip.Addr) {
-		c := meshTLS(genuine(t, s.Authority(), identityOf(t, s, "shop/api")))
-		c.ClientSessionCache, c.ServerName = tls.NewLRUClientSessionCache(8), "db"
 		to := netip.AddrPortFrom(a, banner)
-		if peek(t, pod(t, s, "shop/evil"), to, c) == 0 {
-			t.Fatal("no banner in the first session")
+		as := func(name string) *tls.Config {
+			c := meshTLS(genuine(t, s.Authority(), identityOf(t, s, name)))
+			c.ClientSessionCache, c.ServerName = tls.NewLRUClientSessionCache(8), "db"
+			return c
 		}
-		for name, certs := range map[string][]tls.Certificate{
-			"no certificate": nil, "a denied one": {genuine(t, s.Authority(), identityOf(t, s, "shop/evil"))},
-		} {
-			c := c.Clone()
-			c.Certificates = certs
+		api, denied := as("shop/api"), as("shop/evil")
+		for _, again := range []bool{false, true} {
+			if resumed, n := session(t, evil, to, api); resumed != again || n == 0 {
+				t.Errorf("an admitted peer: resumed %t, want %t; %d bytes", resumed, again, n)
+			}
 			unseen(t, s, a, banner, func() {
-				if n := steal(t, pod(t, s, "shop/evil"), to, c, ""); n != 0 {
-					t.Errorf("%s: %d bytes in a resumed session", name, n)
+				if resumed, n := session(t, evil, to, denied); resumed != again || n != 0 {
+					t.Errorf("a denied peer: resumed %t, want %t; %d bytes", resumed, again, n)
 				}
 			})
 		}
+		bystander := netip.AddrPortFrom(family(pod(t, s, "shop/caged"), a), echo)
+		if resumed, _ := session(t, evil, bystander, api); resumed {
+			t.Error("a ticket of db is taken by the sidecar of caged")
+		}
 	})
+}
+
+// session begins a session past the sidecar of a pod, or resumes one of the configuration's cache, and reads what comes first.
+func session(t *testing.T, from *netns.Pod, to netip.AddrPort, c *tls.Config) (resumed bool, bytes int) {
+	t.Helper()
+	raw, err := past(t, from, to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := tls.Client(raw, c)
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	if err := conn.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if to.Port() != banner {
+		_, _ = io.WriteString(conn, "hello\n") // the app waits for it
+	}
+	bytes, err = conn.Read(make([]byte, 4096))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%s: left open", to)
+	}
+	return conn.ConnectionState().DidResume, bytes
+}
+
+// family is the address of a pod in the family of another one.
+func family(p *netns.Pod, like netip.Addr) netip.Addr {
+	for _, a := range p.Spec().IPs {
+		if a.Is4() == like.Is4() {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // likeTLS: what the capture cannot make sense of counts as plaintext, and plaintext of a pod with a sidecar is refused.

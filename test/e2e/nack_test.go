@@ -49,7 +49,7 @@ func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	v := index.Verdicts(p.Subject.Key)
 	var cluster []netip.Prefix
 	cluster = append(append(cluster, m.PodNetwork...), m.ServiceNetwork...)
-	return published{xds.Inbound(p.NodeIPs), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v)}
+	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v)}
 }
 
 // set makes the set to publish.

@@ -138,7 +138,7 @@ func nodesOf(x *policy.Index, c oracle.Conn) []netip.Addr {
 
 func TestInboundPicksTheChain(t *testing.T) {
 	node := []netip.Addr{netip.MustParseAddr("10.64.0.1"), netip.MustParseAddr("fd00:10:64::1")}
-	l := xds.Inbound(node)
+	l := xds.Inbound(node, xds.Resume)
 	if err := matcher.CheckListener(l); err != nil {
 		t.Fatal(err)
 	}
