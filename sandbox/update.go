@@ -34,8 +34,8 @@ type Change struct {
 }
 
 // Update makes the running sandbox one of other manifests, read with the present ones as source.Options.Previous. Pods that are new
-// are started, those that are gone are ended; a pod whose identity, addresses, ports or injection change is replaced, as a Deployment
-// would do it. It returns when every sidecar has confirmed what it was sent.
+// are started, those that are gone are ended; a pod whose addresses, ports or injection change is replaced, and so is one of a workload
+// whose labels change, as a Deployment would do it. A pod that stands alone is relabelled while it runs. It returns when every sidecar has confirmed what it was sent.
 func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, error) {
 	if !slices.Equal(next.PodNetwork, s.cfg.Manifests.PodNetwork) || !slices.Equal(next.ServiceNetwork, s.cfg.Manifests.ServiceNetwork) {
 		return nil, errors.New("the manifests give addresses outside the networks that the sandbox runs with\n  hint: start the sandbox anew")
@@ -57,6 +57,9 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 		return nil, err
 	}
 	if err := s.dropPods(d.gone); err != nil {
+		return nil, err
+	}
+	if err := s.relabel(ctx, d.relabelled); err != nil {
 		return nil, err
 	}
 	if err := s.confirmed(ctx); err != nil {
@@ -156,6 +159,7 @@ type difference struct {
 	applied, deleted []metav1.Object
 	gone             []string // pods to end: those that are gone, and those that are replaced
 	fresh            []*corev1.Pod
+	relabelled       []*corev1.Pod // running ones
 }
 
 func diff(old, next *policy.Objects) *difference {
@@ -170,6 +174,9 @@ func diff(old, next *policy.Objects) *difference {
 	for name, p := range is {
 		before, ok := was[name]
 		if ok && !replaced(before, p) {
+			if !maps.Equal(before.Labels, p.Labels) {
+				d.relabelled = append(d.relabelled, p)
+			}
 			continue
 		}
 		d.fresh = append(d.fresh, p)
@@ -223,8 +230,33 @@ func byName[T metav1.Object](list []T) map[string]T {
 	return out
 }
 
-// replaced reports whether a pod has to be made anew: a running one keeps its labels, its account, its addresses and its ports.
+// relabel waits until pods whose labels have changed show the certificate of their new identity.
+func (s *Sandbox) relabel(ctx context.Context, list []*corev1.Pod) error {
+	var g errgroup.Group
+	for _, o := range list {
+		p := s.pods[o.Namespace+"/"+o.Name]
+		p.spec = o
+		if p.agent == nil {
+			continue
+		}
+		g.Go(func() error {
+			// The agent knows of the change once it has confirmed the verdicts; from then on it is ready when Envoy has the certificate.
+			if err := s.cp.Server().Ledger().Wait(ctx, server.Client(p.name)); err != nil {
+				return fmt.Errorf("sidecar of %s: %w", p.name, err)
+			}
+			if err := p.agent.waitReady(ctx); err != nil {
+				return fmt.Errorf("sidecar of %s: %w", p.name, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// replaced reports whether a pod has to be made anew: a running one keeps its account, its addresses and its ports, and the labels of one
+// that belongs to a workload change with the workload's template.
 func replaced(old, next *corev1.Pod) bool {
-	return !maps.Equal(old.Labels, next.Labels) || !maps.Equal(old.Annotations, next.Annotations) ||
+	owned := len(old.OwnerReferences) > 0 || len(next.OwnerReferences) > 0
+	return owned && !maps.Equal(old.Labels, next.Labels) || !maps.Equal(old.Annotations, next.Annotations) ||
 		!equality.Semantic.DeepEqual(old.Spec, next.Spec) || !equality.Semantic.DeepEqual(old.Status.PodIPs, next.Status.PodIPs)
 }
