@@ -1,0 +1,274 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/xds"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// aging is a small cluster in which everything that proves an identity ends soon: db admits api, of which there are two.
+const aging = `
+{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {mantlet.dev/inject: enabled}}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: db, namespace: shop, labels: {app: db}, annotations: {mantlet.dev/server-first: "5432"}}
+spec: {containers: [{name: c, image: i, ports: [{containerPort: 5432}, {containerPort: 8080}]}]}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: api-a, namespace: shop, labels: {app: api}}, spec: {containers: [{name: c, image: i}]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: api-b, namespace: shop, labels: {app: api}}, spec: {containers: [{name: c, image: i}]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: evil, namespace: shop, labels: {app: evil}}, spec: {containers: [{name: c, image: i}]}}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: db-from-api, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: db}}
+  ingress: [{from: [{podSelector: {matchLabels: {app: api}}}]}]
+`
+
+// lifetimes are far shorter than a cluster's. Certificates are renewed long before they end, so that a busy machine does not matter.
+var lifetimes = sandbox.Lifetimes{SVID: 10 * time.Second, RenewAfter: time.Second, Sessions: 3 * time.Second}
+
+// TestIdentityInTime: certificates are renewed, roots change, pods are relabelled and deleted, while traffic goes on.
+func TestIdentityInTime(t *testing.T) {
+	s, log := age(t, lifetimes)
+	t.Run("renewal", func(t *testing.T) { renewal(t, s) })
+	t.Run("deleted", func(t *testing.T) { deleted(t, s, log) })
+}
+
+func age(t *testing.T, l sandbox.Lifetimes) (*sandbox.Sandbox, *journal) {
+	t.Helper()
+	m := manifests(t, aging)
+	log := &journal{}
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	s, err := sandbox.Start(ctx, sandbox.Config{
+		Manifests: m, Policy: policy.Config{TrustDomain: trustDomain, PodNetwork: m.PodNetwork}, Binaries: binaries(t), Lifetimes: l,
+		Log: slog.New(slog.NewTextHandler(log, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Logf("the control plane's log:\n%s", log)
+		}
+	})
+	return s, log
+}
+
+// renewal: certificates are renewed again and again under a stream and many short connections; nothing is lost, nothing refused, and new
+// handshakes show new certificates.
+func renewal(t *testing.T, s *sandbox.Sandbox) {
+	db := pod(t, s, "shop/db")
+	to := netip.AddrPortFrom(db.Spec().IPs[0], echo)
+	stop := traffic(t, pod(t, s, "shop/api-a"), to)
+	serials := map[string]bool{}
+	await(t, "four certificates of db", func() bool {
+		serials[serial(t, s, to)] = true
+		return len(serials) == 4
+	})
+	stop()
+	if n := resumed(t, "shop/db"); n == 0 {
+		t.Error("no session was resumed between the sidecars")
+	}
+}
+
+// TestNoResumption: a cluster may have every connection prove its identity anew.
+func TestNoResumption(t *testing.T) {
+	s, _ := age(t, sandbox.Lifetimes{Resumption: xds.NeverResume})
+	to := netip.AddrPortFrom(pod(t, s, "shop/db").Spec().IPs[0], banner)
+	c := meshTLS(genuine(t, s.Authority(), identityOf(t, s, "shop/api-a")))
+	c.ClientSessionCache, c.ServerName = tls.NewLRUClientSessionCache(8), "db"
+	for range 2 {
+		if again, n := session(t, pod(t, s, "shop/evil"), to, c); again || n == 0 {
+			t.Errorf("resumed %t, %d bytes", again, n)
+		}
+	}
+	for i := range 5 {
+		if err := once(t.Context(), pod(t, s, "shop/api-a"), netip.AddrPortFrom(to.Addr(), echo), i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := resumed(t, "shop/db"); n != 0 {
+		t.Errorf("%d sessions were resumed", n)
+	}
+}
+
+// resumed counts the sessions that the sidecar of a pod has let others resume.
+func resumed(t *testing.T, name string) int {
+	t.Helper()
+	return total(sidecarOf(t, name).stats(t, `^listener\..*_15006\.ssl\.session_reused$`))
+}
+
+// serial is the serial number of the certificate that the sidecar at an address shows.
+func serial(t *testing.T, s *sandbox.Sandbox, to netip.AddrPort) string {
+	t.Helper()
+	raw, err := past(t, pod(t, s, "shop/evil"), to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := tls.Client(raw, meshTLS(genuine(t, s.Authority(), identityOf(t, s, "shop/api-a"))))
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	if err := conn.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return conn.ConnectionState().PeerCertificates[0].SerialNumber.Text(16)
+}
+
+// traffic keeps one connection of a pod's app talking, and opens short ones all the time, until the returned function is called; that one
+// wants all of it to have been answered.
+func traffic(t *testing.T, from *netns.Pod, to netip.AddrPort) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	var lines, short atomic.Int64
+	begun := make(chan struct{})
+	running.Go(func() {
+		conn := connect(t, from, to, 1, nil)[0]
+		if conn == nil {
+			t.Error("the stream is refused")
+			close(begun)
+			return
+		}
+		defer conn.Close()
+		answers := bufio.NewReader(conn)
+		for i := 0; ctx.Err() == nil; i++ {
+			_ = conn.SetDeadline(time.Now().Add(patience))
+			if err := ask(conn, answers, i); err != nil {
+				t.Errorf("the stream broke after %d lines: %v", i, err)
+				break
+			}
+			if lines.Add(1) == 1 {
+				close(begun)
+			}
+		}
+	})
+	for range 2 {
+		running.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				if err := once(ctx, from, to, i); err != nil && ctx.Err() == nil {
+					t.Errorf("short connection %d: %v", i, err)
+					return
+				}
+				short.Add(1)
+			}
+		})
+	}
+	<-begun
+	return func() {
+		t.Helper()
+		cancel()
+		running.Wait()
+		t.Logf("%d lines in one connection, %d connections", lines.Load(), short.Load())
+		if lines.Load() < 10 || short.Load() < 10 {
+			t.Error("too few to prove anything")
+		}
+	}
+}
+
+// once opens a connection and wants one answer.
+func once(ctx context.Context, from *netns.Pod, to netip.AddrPort, i int) error {
+	conn, err := dialIn(from)(ctx, "tcp", to.String())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	return ask(conn, bufio.NewReader(conn), i)
+}
+
+func ask(conn net.Conn, answers *bufio.Reader, i int) error {
+	if _, err := fmt.Fprintf(conn, "line %d\n", i); err != nil {
+		return err
+	}
+	answer, err := answers.ReadString('\n')
+	if err == nil && !strings.Contains(answer, fmt.Sprintf(`"line %d"`, i)) {
+		return fmt.Errorf("the answer to line %d is %q", i, answer)
+	}
+	return err
+}
+
+// deleted: a pod is deleted, and its containers run on, which the node may be long in ending. Its agent gets no configuration any more, and no
+// new certificate; the one that it has is good until it ends, and no session goes on for longer than it may.
+func deleted(t *testing.T, s *sandbox.Sandbox, log *journal) {
+	to := netip.AddrPortFrom(pod(t, s, "shop/db").Spec().IPs[0], echo)
+	ghost := pod(t, s, "shop/api-b")
+	if err := once(t.Context(), ghost, to, 0); err != nil {
+		t.Fatalf("before: %v", err)
+	}
+	if err := s.ControlPlane().Delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api-b"}}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the stream's end, and a stream and a certificate to be refused", func() bool {
+		return strings.Contains(log.String(), "the pod shop/api-b is gone") &&
+			strings.Contains(log.String(), `msg="stream refused: not authenticated" error="pod shop/api-b: unknown pod`) &&
+			strings.Contains(log.String(), `msg="no identity signed" code=NotFound reason="pod shop/api-b: unknown pod`)
+	})
+	for _, c := range s.ControlPlane().Server().Ledger().Snapshot() {
+		if c.Client == server.Client("shop/api-b") {
+			t.Errorf("the control plane still has a client %+v", c)
+		}
+	}
+	began := time.Now()
+	ended := time.Time{}
+	await(t, "the certificate's end", func() bool {
+		if once(t.Context(), ghost, to, 1) == nil {
+			return false
+		}
+		ended = time.Now()
+		return true
+	})
+	t.Logf("refused %s after its deletion", ended.Sub(began).Round(time.Millisecond))
+	for range 10 {
+		if err := once(t.Context(), ghost, to, 2); err == nil {
+			t.Fatal("let in again")
+		}
+	}
+	if err := once(t.Context(), pod(t, s, "shop/api-a"), to, 3); err != nil {
+		t.Errorf("its twin: %v", err)
+	}
+}
+
+// journal is a log that a test reads while others write.
+type journal struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (j *journal) Write(p []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.b.Write(p)
+}
+
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.b.String()
+}
