@@ -1,22 +1,19 @@
 package relay
 
 import (
-	"errors"
-	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
 )
 
-// The types that readiness asks for.
+// The types that readiness asks for, and that of clusters.
 const (
 	TypeListener  = "type.googleapis.com/envoy.config.listener.v3.Listener"
 	TypeExtension = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
+	TypeCluster   = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 )
-
-// maxUnanswered bounds the responses that Envoy has neither ACKed nor NACKed. Envoy answers each before it reads the next.
-const maxUnanswered = 1024
 
 // Ledger knows which resources the pod's Envoy holds: those that it ACKed and those that it says it has when it comes back.
 type Ledger struct {
@@ -29,13 +26,9 @@ type Ledger struct {
 	changed chan struct{}
 }
 
-// session is the bookkeeping of one stream. What a session that is no longer current notes is left out: it is about an Envoy that has gone,
-// or was overtaken by what the next stream says.
-type session struct {
-	*Ledger
-	unanswered map[string]response // nonce →
-	introduced map[string]bool     // type URLs that Envoy has named
-}
+// session is one stream of Envoy's. What a session that is no longer current notes is left out: it is about an Envoy that has gone, or
+// was overtaken by what the next stream says.
+type session struct{ *Ledger }
 
 func newLedger(logger *slog.Logger) *Ledger {
 	return &Ledger{logger: logger, held: map[string]map[string]bool{}, refused: map[string]string{}, changed: make(chan struct{})}
@@ -55,7 +48,7 @@ func (l *Ledger) Forget() {
 func (l *Ledger) stream() *session {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.current = &session{Ledger: l, unanswered: map[string]response{}, introduced: map[string]bool{}}
+	l.current = &session{Ledger: l}
 	return l.current
 }
 
@@ -89,69 +82,52 @@ func (l *Ledger) Missing(typeURL string, names ...string) []string {
 	return missing
 }
 
-// response notes what goes to Envoy.
-func (l *session) response(r response) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.current != l {
-		return nil
-	}
-	if len(l.unanswered) >= maxUnanswered {
-		return errors.New("envoy has left 1024 responses unanswered")
-	}
-	if _, twice := l.unanswered[r.nonce]; twice || r.nonce == "" {
-		return fmt.Errorf("the control plane sent a response with the nonce %q, empty or in use", r.nonce)
-	}
-	l.unanswered[r.nonce] = r
-	return nil
+// introduce notes what Envoy says that it holds, in the first request of a type.
+func (s *session) introduce(typeURL string, held map[string]string) {
+	s.note(func() {
+		s.held[typeURL] = map[string]bool{}
+		for n := range maps.Keys(held) {
+			s.held[typeURL][n] = true
+		}
+	})
 }
 
-// request notes what comes from Envoy.
-func (l *session) request(r request) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.current != l {
-		return
-	}
-	if !l.introduced[r.typeURL] { // only the first request of a type says what Envoy holds
-		l.introduced[r.typeURL] = true
-		l.held[r.typeURL] = map[string]bool{}
-		for _, n := range r.held {
-			l.held[r.typeURL][n] = true
+// accept notes an ACK.
+func (s *session) accept(typeURL string, names, removed []string) {
+	s.note(func() {
+		for _, n := range names {
+			s.held[typeURL][n] = true
+			delete(s.refused, typeURL+" "+n)
 		}
-		l.announce()
-	}
-	if r.nonce == "" {
-		return
-	}
-	answered, ok := l.unanswered[r.nonce]
-	if !ok {
-		l.logger.Warn("relay: envoy answers a response that it was not sent", "type", r.typeURL, "nonce", r.nonce)
-		return
-	}
-	delete(l.unanswered, r.nonce)
-	if r.nack {
-		// Envoy keeps what it had of these resources.
-		for _, n := range answered.names {
-			l.refused[r.typeURL+" "+n] = r.reason
+		for _, n := range removed {
+			delete(s.held[typeURL], n)
+			delete(s.refused, typeURL+" "+n)
 		}
-		l.logger.Error("relay: envoy refused a configuration and keeps the one that it has",
-			"type", shortType(r.typeURL), "resources", strings.Join(answered.names, ","), "reason", r.reason)
-		l.announce()
+		slices.Sort(names)
+		s.logger.Debug("relay: envoy accepted", "type", shortType(typeURL),
+			"resources", strings.Join(names, ","), "removed", strings.Join(removed, ","))
+	})
+}
+
+// refuse notes a NACK: Envoy keeps what it had of these resources.
+func (s *session) refuse(typeURL string, names []string, reason string) {
+	s.note(func() {
+		for _, n := range names {
+			s.refused[typeURL+" "+n] = reason
+		}
+		s.logger.Error("relay: envoy refused a configuration and keeps the one that it has",
+			"type", shortType(typeURL), "resources", strings.Join(names, ","), "reason", reason)
+	})
+}
+
+func (s *session) note(what func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current != s {
 		return
 	}
-	for _, n := range answered.names {
-		l.held[r.typeURL][n] = true
-		delete(l.refused, r.typeURL+" "+n)
-	}
-	for _, n := range answered.removed {
-		delete(l.held[r.typeURL], n)
-		delete(l.refused, r.typeURL+" "+n)
-	}
-	slices.Sort(answered.names)
-	l.logger.Debug("relay: envoy accepted", "type", shortType(r.typeURL),
-		"resources", strings.Join(answered.names, ","), "removed", strings.Join(answered.removed, ","))
-	l.announce()
+	what()
+	s.announce()
 }
 
 // shortType is the last part of a type URL: "Listener".

@@ -19,10 +19,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
-	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
-	"google.golang.org/protobuf/types/known/anypb"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -30,8 +27,6 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type (
 	upstreamStream = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesServer
 	envoyStream    = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
-	deltaRequest   = discoveryv3.DeltaDiscoveryRequest
-	deltaResponse  = discoveryv3.DeltaDiscoveryResponse
 )
 
 // plane is a control plane that does with each stream what the test says.
@@ -79,7 +74,8 @@ func serve(t *testing.T, s *grpc.Server) *bufconn.Listener {
 	return l
 }
 
-func newBench(t *testing.T) *bench {
+// newBench makes one; prepare is for what has to be said before the relay begins.
+func newBench(t *testing.T, prepare ...func(*Relay)) *bench {
 	t.Helper()
 	b := &bench{t: t, plane: &plane{streams: make(chan upstreamStream), end: make(chan error)}, ready: make(chan struct{})}
 	ps := grpc.NewServer()
@@ -98,6 +94,9 @@ func newBench(t *testing.T) *bench {
 	}
 	t.Cleanup(func() { up.Close() })
 	b.relay = New(up, b.ready, slog.New(slog.DiscardHandler))
+	for _, p := range prepare {
+		p(b.relay)
+	}
 	rs := grpc.NewServer(grpc.ForceServerCodecV2(Codec()))
 	b.relay.Register(rs)
 	rl := serve(t, rs)
@@ -112,7 +111,7 @@ func newBench(t *testing.T) *bench {
 	return b
 }
 
-// connect opens Envoy's side.
+// connect opens Envoy's side, which asks for all listeners.
 func (b *bench) connect() envoyStream {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(b.t.Context(), 30*time.Second)
@@ -121,9 +120,7 @@ func (b *bench) connect() envoyStream {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	if err := s.Send(&deltaRequest{TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}}); err != nil {
-		b.t.Fatal(err)
-	}
+	b.says(s, &deltaRequest{TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}})
 	return s
 }
 
@@ -139,132 +136,138 @@ func (b *bench) upstream() upstreamStream {
 	}
 }
 
-func TestMessagesPassAsTheyAre(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
-	down := b.connect()
-	up := b.upstream()
-	if _, err := up.Recv(); err != nil { // connect's
-		t.Fatal(err)
-	}
-	req := &deltaRequest{TypeUrl: TypeListener, InitialResourceVersions: map[string]string{"a": "1"}, ResponseNonce: "9"}
-	req.ProtoReflect().SetUnknown(protowire.AppendString(protowire.AppendTag(nil, 999, protowire.BytesType), "of a later Envoy"))
-	if err := down.Send(req); err != nil {
-		t.Fatal(err)
-	}
-	gotReq, err := up.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(req, gotReq, protocmp.Transform()); diff != "" {
-		t.Error(diff)
-	}
-	resp := &deltaResponse{TypeUrl: TypeListener, Nonce: "1", Resources: []*discoveryv3.Resource{
-		{Name: "a", Resource: &anypb.Any{TypeUrl: "x/of.no.known.type", Value: []byte{0xff, 0xff}}}}}
-	resp.ProtoReflect().SetUnknown(protowire.AppendVarint(protowire.AppendTag(nil, 998, protowire.VarintType), 5))
-	if err := up.Send(resp); err != nil {
-		t.Fatal(err)
-	}
-	gotResp, err := down.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !proto.Equal(resp, gotResp) {
-		t.Errorf("response %v became %v", resp, gotResp)
+// ends ends the stream that upstream returned last.
+func (b *bench) ends(err error) {
+	b.t.Helper()
+	select {
+	case b.plane.end <- err:
+	case <-time.After(30 * time.Second):
+		b.t.Fatal("there is no stream to end")
 	}
 }
 
-func TestLedgerFollowsTheStream(t *testing.T) {
-	b := newBench(t)
+func (b *bench) says(envoy envoyStream, r *deltaRequest) {
+	b.t.Helper()
+	if err := envoy.Send(r); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// hears receives Envoy's next response and ACKs it.
+func (b *bench) hears(envoy envoyStream) *deltaResponse {
+	b.t.Helper()
+	r, err := envoy.Recv()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.says(envoy, &deltaRequest{TypeUrl: r.TypeUrl, ResponseNonce: r.Nonce})
+	return r
+}
+
+// wantRequest receives the control plane's next request and wants it to be the very one.
+func wantRequest(t *testing.T, up upstreamStream, want *deltaRequest) {
+	t.Helper()
+	got, err := up.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		t.Fatal(diff)
+	}
+}
+
+func send(t *testing.T, up upstreamStream, r *deltaResponse) {
+	t.Helper()
+	if err := up.Send(r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// started is a bench whose Envoy holds the listener gate in version 1.
+func started(t *testing.T, prepare ...func(*Relay)) (*bench, envoyStream, upstreamStream) {
+	t.Helper()
+	b := newBench(t, prepare...)
 	close(b.ready)
-	down := b.connect()
+	envoy := b.connect()
 	up := b.upstream()
-	if err := up.Send(&deltaResponse{TypeUrl: TypeListener, Nonce: "1", Resources: []*discoveryv3.Resource{{Name: "gate"}}}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := down.Recv(); err != nil {
-		t.Fatal(err)
-	}
-	if len(b.relay.Ledger().Missing(TypeListener, "gate")) == 0 {
+	wantRequest(t, up, &deltaRequest{TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}})
+	send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "1", Resources: []*discoveryv3.Resource{what{TypeListener, "gate", "1"}.resource(t)}})
+	if got := b.relay.Ledger().Missing(TypeListener, "gate"); len(got) != 1 {
 		t.Error("held before it was ACKed")
 	}
-	if err := down.Send(&deltaRequest{TypeUrl: TypeListener, ResponseNonce: "1"}); err != nil {
-		t.Fatal(err)
+	b.hears(envoy)
+	wantRequest(t, up, &deltaRequest{TypeUrl: TypeListener, ResponseNonce: "1"})
+	if got := b.relay.Ledger().Missing(TypeListener, "gate"); len(got) > 0 {
+		t.Errorf("ACKed and missing: %q", got)
 	}
-	for {
-		changed := b.relay.Ledger().Changed()
-		if len(b.relay.Ledger().Missing(TypeListener, "gate")) == 0 {
-			break
+	return b, envoy, up
+}
+
+// held is the first request of a stream on which the listener gate is held.
+var held = &deltaRequest{TypeUrl: TypeListener, ResourceNamesSubscribe: []string{"*"}, InitialResourceVersions: map[string]string{"gate": "1"}}
+
+// awaitTrouble waits for a text that has no event.
+func (b *bench) awaitTrouble(want string) {
+	b.t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(b.relay.Trouble(), want); {
+		if time.Now().After(deadline) {
+			b.t.Fatalf("trouble %q, want %q", b.relay.Trouble(), want)
 		}
-		select {
-		case <-changed:
-		case <-time.After(30 * time.Second):
-			t.Fatal("the ACK does not count")
-		}
+		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event for a text that changes
 	}
 }
 
-// Envoy is to come back and say what it holds, so its stream ends with the control plane's.
+// Envoy notices nothing of a control plane that goes and comes, and what it holds is listed.
 func TestControlPlaneEnds(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
+	b, envoy, up := started(t)
 	for i, end := range []error{nil, status.Error(codes.PermissionDenied, "who are you")} {
-		down := b.connect()
-		up := b.upstream()
-		if err := up.Send(&deltaResponse{TypeUrl: TypeListener, Nonce: "1"}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := down.Recv(); err != nil {
-			t.Fatal(err)
-		}
 		if trouble := b.relay.Trouble(); trouble != "" {
 			t.Errorf("%d: trouble while connected: %s", i, trouble)
 		}
-		b.plane.end <- end
-		if _, err := down.Recv(); status.Code(err) != codes.Unavailable {
-			t.Errorf("%d: envoy's stream: %v", i, err)
-		}
+		b.down.Store(true)
+		b.ends(end)
 		want := "ended the stream"
 		if end != nil {
 			want = "who are you"
 		}
-		if trouble := b.relay.Trouble(); !strings.Contains(trouble, want) {
-			t.Errorf("%d: trouble %q, want %q", i, trouble, want)
+		b.awaitTrouble(want)
+		b.down.Store(false)
+		up = b.upstream()
+		wantRequest(t, up, held)
+		send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "1"})
+		if r := b.hears(envoy); len(r.Resources) > 0 {
+			t.Errorf("sent again: %v", r)
 		}
+		wantRequest(t, up, &deltaRequest{TypeUrl: TypeListener, ResponseNonce: "1"})
 	}
 }
 
-func TestEnvoyEnds(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
-	ctx, cancel := context.WithCancel(t.Context())
-	if _, err := b.envoy.DeltaAggregatedResources(ctx); err != nil {
+// An Envoy that dies takes nothing with it: the next is served at once, without a control plane. When that is back, nothing is sent again.
+func TestEnvoyIsServedFromTheCache(t *testing.T) {
+	b, envoy, up := started(t)
+	if err := envoy.CloseSend(); err != nil {
 		t.Fatal(err)
 	}
-	up := b.upstream()
-	cancel()
-	select {
-	case <-up.Context().Done():
-	case <-time.After(30 * time.Second):
-		t.Error("the control plane's stream outlives Envoy's")
+	<-up.Context().Done() // what Envoy had asked for nobody holds
+	b.upstream()
+	b.down.Store(true)
+	b.ends(nil)
+	next := b.connect()
+	if r := b.hears(next); len(r.Resources) != 1 || r.Resources[0].Version != "1" {
+		t.Errorf("from the cache: %v", r)
 	}
+	b.down.Store(false)
+	wantRequest(t, b.upstream(), held)
 }
 
 func TestNewStreamDisplacesTheOld(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
-	first := b.connect()
-	up := b.upstream()
+	b, first, _ := started(t)
 	second := b.connect()
 	if _, err := first.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("first stream: %v", err)
 	}
-	<-up.Context().Done()
-	if err := b.upstream().Send(&deltaResponse{TypeUrl: TypeListener, Nonce: "1"}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := second.Recv(); err != nil {
-		t.Errorf("second stream: %v", err)
+	if r := b.hears(second); len(r.Resources) != 1 {
+		t.Errorf("second stream: %v", r)
 	}
 }
 
@@ -278,66 +281,72 @@ func TestWaitsForTheIdentityAndTheControlPlane(t *testing.T) {
 	default:
 	}
 	close(b.ready)
-	for deadline := time.Now().Add(30 * time.Second); !strings.Contains(b.relay.Trouble(), "the way is closed"); {
-		if time.Now().After(deadline) {
-			t.Fatalf("trouble: %q", b.relay.Trouble())
-		}
-		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event for a text that changes
-	}
+	b.awaitTrouble("the way is closed")
 	b.down.Store(false)
 	b.upstream() // Envoy's stream was kept waiting
 }
 
-// A malformed response ends the stream; what is behind it is not passed on.
+// What breaks the protocol ends the control plane's stream, and Envoy sees nothing of it.
 func TestRulesOfTheProtocol(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
-	down := b.connect()
-	if err := b.upstream().Send(&deltaResponse{TypeUrl: TypeListener}); err != nil {
-		t.Fatal(err)
+	b, envoy, up := started(t)
+	for _, tt := range []struct {
+		response *deltaResponse
+		want     string
+	}{
+		{&deltaResponse{TypeUrl: TypeListener}, "nonce"},
+		{&deltaResponse{TypeUrl: "x/unasked", Nonce: "1"}, "not asked for"},
+		{&deltaResponse{TypeUrl: TypeListener, Nonce: "1", Resources: []*discoveryv3.Resource{what{TypeListener, "gate", ""}.resource(t)}}, "version"},
+		{&deltaResponse{TypeUrl: TypeListener, Nonce: "1", Resources: []*discoveryv3.Resource{what{TypeCluster, "gate", "2"}.resource(t)}}, "type"},
+	} {
+		send(t, up, tt.response)
+		b.awaitTrouble(tt.want)
+		up = b.upstream()
+		wantRequest(t, up, held)
 	}
-	if _, err := down.Recv(); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "nonce") {
-		t.Errorf("a response without a nonce: %v", err)
+	send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "2", RemovedResources: []string{"gate"}})
+	if r := b.hears(envoy); len(r.RemovedResources) != 1 {
+		t.Errorf("envoy was sent %v", r)
 	}
 }
 
-// An Envoy that does not read holds up the control plane; the relay does not fill its memory.
-func TestNothingIsQueued(t *testing.T) {
-	b := newBench(t)
+// An Envoy that does not answer fills no memory, and holds up nothing that is for the agent.
+func TestUnansweredIsBounded(t *testing.T) {
+	got := make(chan string, 1)
+	b := newBench(t, func(r *Relay) {
+		r.Subscribe(Own{TypeURL: ownType, Name: "mine", Apply: func(b []byte) error { got <- string(b); return nil }})
+	})
 	close(b.ready)
-	b.connect()
+	envoy := b.connect()
 	up := b.upstream()
-	const many, size = 2000, 256 << 10
-	var sent atomic.Int64
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for i := range many {
-			r := &deltaResponse{TypeUrl: TypeListener, Nonce: strconv.Itoa(i), SystemVersionInfo: strings.Repeat("x", size)}
-			if up.Send(r) != nil {
-				return
-			}
-			sent.Add(1)
+	for range 2 {
+		if _, err := up.Recv(); err != nil {
+			t.Fatal(err)
 		}
-	}()
-	for last := int64(-1); last != sent.Load(); { // until it stands still
-		last = sent.Load()
-		time.Sleep(300 * time.Millisecond) //nolint:forbidigo // that nothing happens can only be waited for
 	}
-	if n := sent.Load(); n > 100 {
-		t.Errorf("%d messages of %d KiB went out unread", n, size>>10)
+	send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "first"})
+	send(t, up, &deltaResponse{TypeUrl: ownType, Nonce: "own", Resources: []*discoveryv3.Resource{what{ownType, "mine", "1"}.resource(t)}})
+	<-got
+	large := what{TypeListener, "gate", strings.Repeat("x", 1<<20)}.resource(t)
+	sent := 0
+	for ; up.Send(&deltaResponse{TypeUrl: TypeListener, Nonce: strconv.Itoa(sent), Resources: []*discoveryv3.Resource{large}}) == nil; sent++ {
+		if sent > 2*maxUnansweredBytes>>20 {
+			t.Fatalf("%d MiB are unanswered", sent)
+		}
 	}
-	b.relay.Close()
-	<-ended
+	for {
+		if _, err := envoy.Recv(); err != nil {
+			if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "unanswered") {
+				t.Error(err)
+			}
+			return
+		}
+	}
 }
 
 func TestCloseEndsStreams(t *testing.T) {
-	b := newBench(t)
-	close(b.ready)
-	down := b.connect()
-	b.upstream()
+	b, envoy, _ := started(t)
 	b.relay.Close()
-	if _, err := down.Recv(); status.Code(err) != codes.Unavailable {
+	if _, err := envoy.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("open stream: %v", err)
 	}
 	if _, err := b.connect().Recv(); status.Code(err) != codes.Unavailable {

@@ -1,0 +1,202 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// question is what the agent asks about a destination, until it forgets it.
+type question struct {
+	dest    netip.AddrPort
+	waiting map[chan answer]bool // those who have no answer yet; each channel takes one
+	told    verdict
+}
+
+type answer struct {
+	allowed bool
+	err     error
+}
+
+type verdict uint8
+
+const (
+	open verdict = iota // not known yet
+	denied
+	allowed
+)
+
+// Ask asks whether the pod may connect to a destination inside the cluster: whether the on-demand cluster od|IP:PORT has endpoints. What is
+// known is answered from the cache, also without a control plane; what is not is asked on the pod's stream. When it says yes, Envoy holds
+// the cluster (or is away, and will be given it first of all). An error means no: the control plane cannot be reached or does not answer before ctx ends, Envoy
+// refuses the cluster, it cannot be read, or too many names are known.
+//
+// From then on the destination is followed ([Relay.OnDestinations]) until it is forgotten ([Relay.Forget]).
+func (r *Relay) Ask(ctx context.Context, dest netip.AddrPort) (allowed bool, err error) {
+	if !dest.IsValid() || dest.Port() == 0 {
+		return false, fmt.Errorf("%s is no destination", dest)
+	}
+	reply := make(chan answer, 1)
+	if !r.do(ctx, func() { r.machine.ask(dest, reply) }) {
+		return false, r.gone(ctx)
+	}
+	select {
+	case a := <-reply:
+		return a.allowed, a.err
+	case <-ctx.Done():
+	case <-r.closed.Done():
+	}
+	go r.do(r.closed, func() { r.machine.leave(dest, reply) })
+	return false, r.gone(ctx)
+}
+
+func (r *Relay) gone(ctx context.Context) error {
+	if r.closed.Err() != nil {
+		return errors.New("the agent is stopping")
+	}
+	return fmt.Errorf("the control plane has not answered: %w", ctx.Err())
+}
+
+// OnDestinations has every later change of an answer told, in the order in which the control plane sent: a denial before Envoy gets the emptied cluster,
+// an admission after Envoy has ACKed the new one. Changes that come while tell is busy are told together, the last one of each
+// destination. It waits for tell, at most a second: Envoy is the authority and must not wait for long. tell may call Forget, and must not wait for Ask.
+// A destination that was forgotten a moment ago may be told of once more. It is for before [Relay.Register].
+func (r *Relay) OnDestinations(tell func(map[netip.AddrPort]bool)) { r.teller.tell = tell }
+
+// Forget ends the interest in destinations: the control plane is no longer asked, and Envoy lets go of their clusters, but for those that
+// it has asked for itself. It does not wait. A later Ask brings all back before it returns. Who asks about a destination at this moment
+// keeps it.
+func (r *Relay) Forget(dests []netip.AddrPort) {
+	r.forgetting.Lock()
+	r.forgotten = append(r.forgotten, dests...)
+	r.forgetting.Unlock()
+	poke(r.forget)
+}
+
+func plain(d netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(d.Addr().Unmap().WithZone(""), d.Port())
+}
+
+func (m *machine) ask(dest netip.AddrPort, reply chan answer) {
+	dest = plain(dest)
+	k, name := m.kind(TypeCluster), onDemandName(dest)
+	e := k.entries[name]
+	switch {
+	case m.down && (e == nil || !e.answered):
+		reply <- answer{err: errors.New(m.why)}
+		return
+	case e == nil && len(k.entries) >= maxNames:
+		reply <- answer{err: fmt.Errorf("%d names are known, as many as are kept", maxNames)}
+		return
+	}
+	e = k.entry(name)
+	if e.question == nil {
+		e.question = &question{dest: dest, waiting: map[chan answer]bool{}}
+		m.move(e)
+	}
+	e.question.waiting[reply] = true
+	m.judge(e)
+	m.deliver()
+}
+
+// leave is for who waits no longer.
+func (m *machine) leave(dest netip.AddrPort, reply chan answer) {
+	if e := m.kind(TypeCluster).entries[onDemandName(dest)]; e != nil && e.question != nil {
+		delete(e.question.waiting, reply)
+	}
+}
+
+// judge answers a question, as far as an answer is known, or has its change told.
+func (m *machine) judge(e *entry) {
+	q := e.question
+	if q == nil {
+		return
+	}
+	v, err := m.verdict(e)
+	if v == open {
+		return
+	}
+	first := q.told == open && len(q.waiting) > 0 // that is an answer, not a change
+	q.reply(answer{v == allowed, err})
+	if q.told != v && !first {
+		m.news[q.dest] = v == allowed
+	}
+	q.told = v
+}
+
+func (q *question) reply(a answer) {
+	for w := range q.waiting {
+		w <- a
+	}
+	clear(q.waiting)
+}
+
+// verdict is the answer to the question about an on-demand cluster.
+func (m *machine) verdict(e *entry) (verdict, error) {
+	r := e.latest
+	switch {
+	case e.refusal != "" && (r == nil || e.held != r.version):
+		return denied, fmt.Errorf("envoy refuses the cluster %q: %s", e.name, e.refusal)
+	case !e.answered:
+		return open, nil
+	case r != nil && r.unreadable != nil:
+		return denied, r.unreadable
+	case !reachable(r), e.doubt:
+		return denied, nil
+	case m.envoy == nil, e.held == r.version && e.flight == nil:
+		return allowed, nil
+	}
+	return open, nil // Envoy is about to ACK it
+}
+
+// abandon tells who waits for the control plane that it cannot be reached.
+func (m *machine) abandon() {
+	var list []*entry
+	for _, e := range m.kind(TypeCluster).sorted() {
+		if q := e.question; q != nil && !e.answered {
+			q.reply(answer{err: errors.New(m.why)})
+			if q.told == open { // nobody has an answer that would have to be kept true
+				list = append(list, e)
+			}
+		}
+	}
+	m.release(list)
+}
+
+func (m *machine) forget(dests []netip.AddrPort) {
+	k := m.kind(TypeCluster)
+	var list []*entry
+	for _, dest := range dests {
+		if e := k.entries[onDemandName(dest)]; e != nil && e.question != nil && len(e.question.waiting) == 0 {
+			list = append(list, e)
+			delete(m.news, plain(dest))
+		}
+	}
+	m.release(list)
+}
+
+// release ends questions: what Envoy has not asked for it lets go of.
+func (m *machine) release(list []*entry) {
+	var items []item
+	for _, e := range list {
+		if e.question == nil {
+			continue // listed twice
+		}
+		e.question = nil
+		if !e.subscribed {
+			if m.envoy != nil && e.present() {
+				items = append(items, item{e, nil})
+			}
+			e.good, e.latest, e.answered, e.untried, e.refusal, e.again = nil, nil, false, false, "", true
+		}
+		m.move(e)
+		e.kind.settle(e)
+	}
+	if len(items) > 0 {
+		slices.SortFunc(items, func(a, b item) int { return strings.Compare(a.entry.name, b.entry.name) })
+		m.pass(m.kind(TypeCluster), items, nil, nil)
+	}
+}

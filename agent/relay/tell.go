@@ -1,0 +1,76 @@
+package relay
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// tellPatience is how long the relay waits until a denial has been told.
+const tellPatience = time.Second
+
+// teller tells changes of answers in a goroutine of its own, so that whoever is told cannot hold up Envoy for long.
+type teller struct {
+	logger *slog.Logger
+	tell   func(map[netip.AddrPort]bool)
+	some   chan struct{}
+
+	mu      sync.Mutex
+	pending map[netip.AddrPort]bool
+	told    chan struct{} // closed when what is pending has been told
+	late    bool          // it takes longer than tellPatience
+}
+
+func newTeller(logger *slog.Logger) *teller {
+	return &teller{logger: logger, some: make(chan struct{}, 1), pending: map[netip.AddrPort]bool{}, told: make(chan struct{})}
+}
+
+// hand has changes told. It returns when denials among them have been, or when that takes too long.
+func (t *teller) hand(ctx context.Context, news map[netip.AddrPort]bool) {
+	t.mu.Lock()
+	denies := false
+	for dest, allowed := range news {
+		t.pending[dest] = allowed
+		denies = denies || !allowed
+	}
+	told, late := t.told, t.late
+	t.mu.Unlock()
+	poke(t.some)
+	if !denies || late {
+		return
+	}
+	timer := time.NewTimer(tellPatience)
+	defer timer.Stop()
+	select {
+	case <-told:
+	case <-ctx.Done():
+	case <-timer.C:
+		t.logger.Warn("relay: a denial is not taken note of in time; envoy is told without waiting longer", "patience", tellPatience)
+		t.mu.Lock()
+		t.late = true
+		t.mu.Unlock()
+	}
+}
+
+func (t *teller) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.some:
+		}
+		t.mu.Lock()
+		news, told := t.pending, t.told
+		t.pending, t.told = map[netip.AddrPort]bool{}, make(chan struct{})
+		t.mu.Unlock()
+		if len(news) > 0 {
+			t.tell(news)
+		}
+		close(told)
+		t.mu.Lock()
+		t.late = false
+		t.mu.Unlock()
+	}
+}
