@@ -16,17 +16,19 @@ import (
 //
 //	Verdicts + addresses of pods ──policy.Index.Packets──► Packets ──agent──► nftables in the pod's network namespace
 //
-// The pod always reaches itself and its own node, and the node reaches the pod. Beside that, what is not listed is denied: the zero
-// value lets nothing else through.
+// The pod always reaches its own node, and the node reaches the pod. Beside that, what is not listed is denied: the zero value lets
+// nothing else through. What a pod sends to itself never leaves it and is nobody's to decide; so the value holds nothing that is one pod's
+// alone, and replicas on one node share it.
 type Packets struct {
-	// Self are the pod's own addresses, sorted.
-	Self []netip.Addr `json:"self,omitempty"`
 	// Node are the addresses of the pod's own node, sorted.
 	Node []netip.Addr `json:"node,omitempty"`
 	// Ingress decides by the source address and the pod's port, Egress by the destination's address and port. Blocks are disjoint in
 	// (protocol, port) and sorted by protocol and first port.
 	Ingress []PacketBlock `json:"ingress"`
 	Egress  []PacketBlock `json:"egress"`
+	// Services are those that the pod may use, sorted by protocol, address and port. What it sends to one of them goes to an endpoint, and
+	// Egress decides on that; what it sends to any other cluster IP stays what it is, and Egress denies it.
+	Services []PacketService `json:"services,omitempty"`
 }
 
 // PacketBlock holds the peers of a group of ports that have the same peers.
@@ -41,6 +43,31 @@ type PacketBlock struct {
 type PacketPrefix struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Allow  bool         `json:"allow,omitempty"`
+}
+
+// PacketService says where what the pod sends to a port of a cluster IP goes.
+type PacketService struct {
+	Protocol Protocol       `json:"protocol"` // UDP or SCTP
+	Addr     netip.AddrPort `json:"addr"`
+	// Sticky keeps the choice of an endpoint as long as the endpoints stay the same. Otherwise it is made anew, at random, for each flow.
+	Sticky bool `json:"sticky,omitempty"`
+	// Endpoints are those that the policies of both ends admit: sorted, at least one, of the family of Addr.
+	Endpoints []netip.AddrPort `json:"endpoints"`
+}
+
+// Compare orders by protocol, then by address and port.
+func (s *PacketService) Compare(o *PacketService) int {
+	return cmp.Or(cmp.Compare(s.Protocol, o.Protocol), s.Addr.Compare(o.Addr))
+}
+
+// Service is the service at an address and port, or nil.
+func (p *Packets) Service(proto Protocol, to netip.AddrPort) *PacketService {
+	to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	i, found := slices.BinarySearchFunc(p.Services, &PacketService{Protocol: proto, Addr: to}, func(s PacketService, o *PacketService) int { return s.Compare(o) })
+	if !found {
+		return nil
+	}
+	return &p.Services[i]
 }
 
 // Compare orders by address, then by length: a prefix comes before those inside it.
@@ -71,7 +98,7 @@ func (p *Packets) AllowsEgress(proto Protocol, port uint16, to netip.Addr) bool 
 // allows looks through everything, so that one sees at a glance that it is right; whoever has many packets to judge makes something
 // faster of the value first.
 func (p *Packets) allows(blocks []PacketBlock, proto Protocol, port uint16, peer netip.Addr) bool {
-	if slices.Contains(p.Self, peer) || slices.Contains(p.Node, peer) {
+	if slices.Contains(p.Node, peer) {
 		return true
 	}
 	for i := range blocks {
@@ -92,11 +119,9 @@ func (p *Packets) allows(blocks []PacketBlock, proto Protocol, port uint16, peer
 
 // Validate fails where the value is not what its comments promise: then it is better not applied than guessed at.
 func (p *Packets) Validate() error {
-	for _, list := range [][]netip.Addr{p.Self, p.Node} {
-		for _, a := range list {
-			if !a.IsValid() || a.Is4In6() || a.Zone() != "" || a.IsUnspecified() {
-				return fmt.Errorf("packets: address %q is not one of a pod or a node", a)
-			}
+	for _, a := range p.Node {
+		if !ordinary(a) {
+			return fmt.Errorf("packets: address %q is not one of a node", a)
 		}
 	}
 	if err := validate(p.Ingress); err != nil {
@@ -104,6 +129,39 @@ func (p *Packets) Validate() error {
 	}
 	if err := validate(p.Egress); err != nil {
 		return fmt.Errorf("packets: egress: %w", err)
+	}
+	for i := range p.Services {
+		if err := p.Services[i].validate(); err != nil {
+			return fmt.Errorf("packets: service %s: %w", p.Services[i].Addr, err)
+		}
+		if i > 0 && p.Services[i-1].Compare(&p.Services[i]) >= 0 {
+			return fmt.Errorf("packets: service %s: is not in order, or twice", p.Services[i].Addr)
+		}
+	}
+	return nil
+}
+
+// ordinary reports whether an address can be that of a pod, a node or a service.
+func ordinary(a netip.Addr) bool {
+	return a.IsValid() && !a.Is4In6() && a.Zone() == "" && !a.IsUnspecified() && !a.IsMulticast()
+}
+
+func (s *PacketService) validate() error {
+	switch {
+	case s.Protocol != UDP && s.Protocol != SCTP:
+		return fmt.Errorf("%s is not decided by address", s.Protocol)
+	case !ordinary(s.Addr.Addr()) || s.Addr.Port() == 0:
+		return errors.New("is no address with a port")
+	case len(s.Endpoints) == 0:
+		return errors.New("has no endpoints")
+	}
+	for i, e := range s.Endpoints {
+		switch {
+		case !ordinary(e.Addr()) || e.Port() == 0 || e.Addr().Is4() != s.Addr.Addr().Is4():
+			return fmt.Errorf("endpoint %s is no address of its family with a port", e)
+		case i > 0 && s.Endpoints[i-1].Compare(e) >= 0:
+			return fmt.Errorf("endpoint %s is not in order, or twice", e)
+		}
 	}
 	return nil
 }

@@ -10,9 +10,33 @@ import (
 func dns() *Packets {
 	prefix := netip.MustParsePrefix
 	return &Packets{
-		Self: []netip.Addr{netip.MustParseAddr("10.64.0.2")}, Node: []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+		Node:    []netip.Addr{netip.MustParseAddr("192.0.2.1")},
 		Ingress: []PacketBlock{{UDP, []PortRange{{53, 53}}, []PacketPrefix{{prefix("10.64.0.0/16"), true}, {prefix("10.64.0.9/32"), false}}}},
 		Egress:  []PacketBlock{{SCTP, []PortRange{{500, 500}}, []PacketPrefix{{prefix("0.0.0.0/0"), true}, {prefix("::/0"), true}}}},
+		Services: []PacketService{
+			{Protocol: UDP, Addr: netip.MustParseAddrPort("10.96.0.10:53"), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.3:53")}},
+			{Protocol: SCTP, Addr: netip.MustParseAddrPort("10.96.0.9:500"), Sticky: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.3:500")}},
+		},
+	}
+}
+
+func TestPacketsService(t *testing.T) {
+	p := dns()
+	for _, c := range []struct {
+		proto Protocol
+		to    string
+		want  *PacketService
+	}{
+		{UDP, "10.96.0.10:53", &p.Services[0]},
+		{UDP, "[::ffff:10.96.0.10]:53", &p.Services[0]},
+		{SCTP, "10.96.0.9:500", &p.Services[1]},
+		{UDP, "10.96.0.10:54", nil},
+		{SCTP, "10.96.0.10:53", nil},
+		{UDP, "10.96.0.9:500", nil},
+	} {
+		if got := p.Service(c.proto, netip.MustParseAddrPort(c.to)); got != c.want {
+			t.Errorf("%s/%s: %+v", c.to, c.proto, got)
+		}
 	}
 }
 
@@ -31,7 +55,6 @@ func TestPacketsAllow(t *testing.T) {
 		{SCTP, 53, "10.64.0.3", false, false},
 		{SCTP, 500, "fd00::1", false, true},
 		{UDP, 9, "192.0.2.1", true, true},
-		{UDP, 9, "10.64.0.2", true, true},
 	} {
 		a := netip.MustParseAddr(c.peer)
 		if in, out := p.AllowsIngress(c.proto, c.port, a), p.AllowsEgress(c.proto, c.port, a); in != c.in || out != c.out {

@@ -151,17 +151,8 @@ func (r *reader) block(m *mantletv1.Block) (b verdict.Block, err error) {
 	default:
 		return b, fmt.Errorf("protocol %d is not known", m.Protocol)
 	}
-	if len(m.Ports) == 0 {
-		return b, errors.New("has no ports")
-	}
-	for i, p := range m.Ports {
-		if p.First < 1 || p.First > p.Last || p.Last > 65535 {
-			return b, fmt.Errorf("ports[%d]: %d-%d is no range of ports", i, p.First, p.Last)
-		}
-		if i > 0 && p.First <= m.Ports[i-1].Last+1 {
-			return b, fmt.Errorf("ports[%d]: %d-%d is out of order, or not apart from the one before", i, p.First, p.Last)
-		}
-		b.Ports = append(b.Ports, verdict.PortRange{First: uint16(p.First), Last: uint16(p.Last)})
+	if b.Ports, err = portRanges(m.Ports); err != nil {
+		return b, err
 	}
 	for i, e := range m.ByIdentity {
 		if uint64(e.Id) >= uint64(len(r.ids)) {
@@ -191,6 +182,22 @@ func (r *reader) block(m *mantletv1.Block) (b verdict.Block, err error) {
 	return b, nil
 }
 
+func portRanges(list []*mantletv1.PortRange) (out []verdict.PortRange, err error) {
+	if len(list) == 0 {
+		return nil, errors.New("has no ports")
+	}
+	for i, p := range list {
+		if p.First < 1 || p.First > p.Last || p.Last > 65535 {
+			return nil, fmt.Errorf("ports[%d]: %d-%d is no range of ports", i, p.First, p.Last)
+		}
+		if i > 0 && p.First <= list[i-1].Last+1 {
+			return nil, fmt.Errorf("ports[%d]: %d-%d is out of order, or not apart from the one before", i, p.First, p.Last)
+		}
+		out = append(out, verdict.PortRange{First: uint16(p.First), Last: uint16(p.Last)})
+	}
+	return out, nil
+}
+
 func (r *reader) verdict(allow bool, reason uint32) (verdict.Verdict, error) {
 	if uint64(reason) >= uint64(r.reasons) {
 		return verdict.Verdict{}, fmt.Errorf("there is no reason %d", reason)
@@ -202,16 +209,9 @@ func (r *reader) verdict(allow bool, reason uint32) (verdict.Verdict, error) {
 func (r *reader) prefixes(list []*mantletv1.PrefixVerdict) ([]verdict.Prefix, error) {
 	var out []verdict.Prefix
 	for i, m := range list {
-		addr, ok := netip.AddrFromSlice(m.Address)
-		if !ok || addr.Is4In6() {
-			return nil, fmt.Errorf("[%d]: %x is no address", i, m.Address)
-		}
-		if uint64(m.Bits) > uint64(addr.BitLen()) {
-			return nil, fmt.Errorf("[%d]: %s has no prefix of %d bits", i, addr, m.Bits)
-		}
-		p := netip.PrefixFrom(addr, int(m.Bits))
-		if p != p.Masked() {
-			return nil, fmt.Errorf("[%d]: %s is not zero after its prefix", i, p)
+		p, err := readPrefix(m.Address, m.Bits)
+		if err != nil {
+			return nil, fmt.Errorf("[%d]: %w", i, err)
 		}
 		if i > 0 && !less(out[i-1].Prefix, p) {
 			return nil, fmt.Errorf("[%d]: %s is out of order, or listed twice", i, p)
@@ -223,6 +223,21 @@ func (r *reader) prefixes(list []*mantletv1.PrefixVerdict) ([]verdict.Prefix, er
 		out = append(out, verdict.Prefix{Prefix: p, Verdict: v})
 	}
 	return out, nil
+}
+
+func readPrefix(address []byte, bits uint32) (netip.Prefix, error) {
+	addr, ok := netip.AddrFromSlice(address)
+	if !ok || addr.Is4In6() {
+		return netip.Prefix{}, fmt.Errorf("%x is no address", address)
+	}
+	if uint64(bits) > uint64(addr.BitLen()) {
+		return netip.Prefix{}, fmt.Errorf("%s has no prefix of %d bits", addr, bits)
+	}
+	p := netip.PrefixFrom(addr, int(bits))
+	if p != p.Masked() {
+		return netip.Prefix{}, fmt.Errorf("%s is not zero after its prefix", p)
+	}
+	return p, nil
 }
 
 func less(a, b netip.Prefix) bool {

@@ -61,6 +61,13 @@ const (
 	TypeVerdicts = "type.googleapis.com/mantlet.v1.Verdicts"
 )
 
+// Packets, of type TypePackets (message Packets in api/mantlet/v1), are a pod's UDP and SCTP by address, which its agent puts into the
+// kernel. No Envoy ever sees them either.
+const (
+	Packets     = "packets"
+	TypePackets = "type.googleapis.com/mantlet.v1.Packets"
+)
+
 // SDS secrets, served by the agent.
 const (
 	SecretWorkload = "workload" // the pod's X.509-SVID and key
