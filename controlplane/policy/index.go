@@ -47,6 +47,8 @@ type Index struct {
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
 	volatileKeys   map[string]int       // volatile labels that selectors mention, with a count of uses
 
+	packets packetIndex
+
 	dirty    map[string]bool // keys of subjects to compile
 	compiles int
 }
@@ -99,6 +101,7 @@ func NewIndex(c Config) *Index {
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
 		volatileKeys:   map[string]int{},
+		packets:        newPacketIndex(),
 		dirty:          map[string]bool{},
 	}
 }
@@ -111,6 +114,8 @@ type Delta struct {
 	Pods []string
 	// Services ("namespace/name") came, went, or changed, their endpoints included.
 	Services []string
+	// Packets are the pods ("namespace/name") whose packet policy has to be compiled anew; some may turn out the same.
+	Packets []string
 }
 
 // Merge is what several changes in a row touched.
@@ -126,17 +131,24 @@ func Merge(deltas []Delta) Delta {
 		for _, k := range d.Services {
 			c.services[k] = true
 		}
+		for _, k := range d.Packets {
+			c.packets[k] = true
+		}
 	}
-	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services)}
+	return c.delta()
 }
 
 // change collects a Delta.
 type change struct {
-	subjects, pods, services map[string]bool
+	subjects, pods, services, packets map[string]bool
 }
 
 func newChange() *change {
-	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}}
+	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}}
+}
+
+func (c *change) delta() Delta {
+	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services), sortedKeys(c.packets)}
 }
 
 func (x *Index) finish(c *change) Delta {
@@ -147,7 +159,8 @@ func (x *Index) finish(c *change) Delta {
 		}
 		x.dirty[k] = true
 	}
-	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services)}
+	x.touchPackets(c)
+	return c.delta()
 }
 
 func sortedKeys(m map[string]bool) []string {

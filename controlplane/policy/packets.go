@@ -4,13 +4,16 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
+	"strconv"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mantlet/mantlet/verdict"
 )
 
 // Packets resolves the verdicts of a pod ("namespace/name") on UDP and SCTP to the addresses that identities have now. It returns the
-// zero value, which denies, if there is no such pod.
+// zero value, which denies, if there is no such pod. The value is shared and must not be changed: pods of a subject on one node have the very
+// same, until a Delta names them under Packets.
 //
 // An address is all that speaks for a peer here, so the pod that owns it counts as the peer, with whatever identity it has:
 //
@@ -22,13 +25,35 @@ import (
 //     it may receive, so that this opens nothing.
 //
 // Any pod that comes, goes or changes may change the value, not only those that change verdicts: that is the price of addresses.
-func (x *Index) Packets(name string) verdict.Packets {
+func (x *Index) Packets(name string) *verdict.Packets {
 	p := x.pods[name]
 	if p == nil {
-		return verdict.Packets{}
+		return &verdict.Packets{}
 	}
-	x.bring(p.subject)
-	return verdict.Packets{Self: sortedAddrs(p.ips), Node: sortedAddrs(p.hostIPs), Ingress: x.packetIngress(p), Egress: x.packetEgress(p)}
+	s := p.subject
+	x.bring(s)
+	if s.packets == nil {
+		s.packets = &packetPolicy{ingress: x.packetIngress(p), byNode: map[string]*verdict.Packets{}}
+		x.packets.note(s)
+	}
+	node := sortedAddrs(p.hostIPs)
+	if len(x.packets.restricting) > 0 { // they may look at the very address that p sends from, which its replicas do not share
+		return &verdict.Packets{Node: node, Ingress: s.packets.ingress, Egress: x.packetEgress(p)}
+	}
+	if s.packets.egress == nil {
+		s.packets.egress = x.packetEgress(p)
+	}
+	key := fmt.Sprint(node)
+	if s.packets.byNode[key] == nil {
+		s.packets.byNode[key] = &verdict.Packets{Node: node, Ingress: s.packets.ingress, Egress: s.packets.egress}
+	}
+	return s.packets.byNode[key]
+}
+
+// packetPolicy is a subject's packets, as long as they are true. It is made as they are asked for.
+type packetPolicy struct {
+	ingress, egress []verdict.PacketBlock
+	byNode          map[string]*verdict.Packets // by the node's addresses
 }
 
 func sortedAddrs(as []netip.Addr) []netip.Addr {
@@ -39,11 +64,13 @@ func sortedAddrs(as []netip.Addr) []netip.Addr {
 
 func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
 	table, evaluator := &p.subject.verdicts.Ingress, p.subject.ingress
-	peers := x.addressed(p, func(peer *pod) bool { return peer.sidecar })
+	peers := x.addressed(p, x.named(table))
 	return packetBlocks([]*verdict.Table{table}, func(proto verdict.Protocol, port uint16) []verdict.PacketPrefix {
 		decided := anonymousAt(table, proto, port)
 		for _, peer := range peers {
-			decided[host(peer.addr)] = evaluator.Admits(proto, port, verdict.Peer{ID: peer.pod.ident.id, Addr: peer.addr})
+			if peer.pod.sidecar {
+				decided[host(peer.addr)] = evaluator.Admits(proto, port, verdict.Peer{ID: peer.pod.ident.id, Addr: peer.addr})
+			}
 		}
 		return sparse(decided)
 	})
@@ -51,7 +78,11 @@ func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
 
 func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
 	table, evaluator := &p.subject.verdicts.Egress, p.subject.egress
-	peers := x.addressed(p, func(*pod) bool { return true })
+	pods := x.named(table)
+	for name := range x.packets.restricting {
+		pods[x.pods[name]] = true
+	}
+	peers := x.addressed(p, pods)
 	tables := []*verdict.Table{table}
 	seen := map[*Subject]bool{}
 	for _, peer := range peers {
@@ -67,7 +98,7 @@ func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
 		decided := anonymousAt(table, proto, port)
 		for _, peer := range peers {
 			allow := evaluator.Admits(proto, port, verdict.Peer{ID: peer.pod.ident.id, Addr: peer.addr})
-			if allow && !peer.pod.sidecar {
+			if allow && !peer.pod.sidecar && peer.pod != p {
 				allow = peer.pod.subject.ingress.Admits(proto, port, verdict.Peer{ID: p.ident.id, Addr: sourceAddr(p, peer.addr)})
 			}
 			decided[host(peer.addr)] = allow
@@ -82,13 +113,11 @@ type addressedPod struct {
 	addr netip.Addr
 }
 
-// addressed lists the addresses of the pods, but for p itself, that are wanted and of a family in which p has an address too.
-func (x *Index) addressed(p *pod, wanted func(*pod) bool) []addressedPod {
+// addressed lists the addresses of pods that are of a family in which p has an address too. That p itself may be among them does no harm,
+// and makes its packets those of its replicas.
+func (x *Index) addressed(p *pod, pods map[*pod]bool) []addressedPod {
 	var out []addressedPod
-	for _, peer := range x.pods {
-		if peer == p || !wanted(peer) {
-			continue
-		}
+	for peer := range pods {
 		for _, a := range x.owned(peer) {
 			if sourceAddr(p, a).IsValid() {
 				out = append(out, addressedPod{peer, a})
@@ -97,6 +126,44 @@ func (x *Index) addressed(p *pod, wanted func(*pod) bool) []addressedPod {
 	}
 	slices.SortFunc(out, func(a, b addressedPod) int { return a.addr.Compare(b.addr) })
 	return out
+}
+
+// named collects the pods of which a table may say something else than of an address that is nobody's.
+func (x *Index) named(t *verdict.Table) map[*pod]bool {
+	out := map[*pod]bool{}
+	ids, everyone := packetIdentities(t)
+	if everyone {
+		for _, p := range x.pods {
+			out[p] = true
+		}
+		return out
+	}
+	for _, id := range ids {
+		if i := x.identities[id]; i != nil {
+			for _, p := range i.pods {
+				out[p] = true
+			}
+		}
+	}
+	return out
+}
+
+// packetIdentities lists the identities that a table's blocks of UDP and SCTP speak of by name. everyone says that the others, too, are not
+// decided as an address that is nobody's.
+func packetIdentities(t *verdict.Table) (ids []spiffeid.ID, everyone bool) {
+	for i := range t.Blocks {
+		b := &t.Blocks[i]
+		if b.Protocol == verdict.TCP {
+			continue
+		}
+		for _, e := range b.Peers.ByIdentity {
+			ids = append(ids, e.ID)
+		}
+		everyone = everyone || !slices.EqualFunc(b.Peers.Identified, b.Peers.Anonymous, func(p, q verdict.Prefix) bool {
+			return p.Prefix == q.Prefix && p.Verdict.Allow == q.Verdict.Allow
+		})
+	}
+	return ids, everyone
 }
 
 // anonymousAt is what a table says at a port of peers without an identity.
@@ -176,9 +243,11 @@ func packetBlocks(tables []*verdict.Table, at func(verdict.Protocol, uint16) []v
 }
 
 func keyOf(peers []verdict.PacketPrefix) string {
-	var b strings.Builder
+	b := make([]byte, 0, 18*len(peers))
 	for _, p := range peers {
-		fmt.Fprintf(&b, "%s %t,", p.Prefix, p.Allow)
+		b = append(b, p.Prefix.Addr().AsSlice()...)
+		b = append(b, byte(p.Prefix.Addr().BitLen()), byte(p.Prefix.Bits()))
+		b = strconv.AppendBool(b, p.Allow)
 	}
-	return b.String()
+	return string(b)
 }

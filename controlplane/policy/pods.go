@@ -84,6 +84,9 @@ type Subject struct {
 	hash     string // of verdicts; empty: nobody has asked yet
 	ingress  *verdict.Evaluator
 	egress   *verdict.Evaluator
+
+	packets     *packetPolicy // nil: nobody has asked since a change touched it
+	packetNames []spiffeid.ID // whom it names, as the packetIndex has it
 }
 
 func (s *Subject) any() *pod { return first(s.pods) }
@@ -307,6 +310,7 @@ func (x *Index) leaveSubject(p *pod) {
 	if len(s.pods) == 0 {
 		delete(x.subjects, s.Key)
 		delete(x.dirty, s.Key)
+		x.packets.forget(s)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
@@ -24,7 +25,8 @@ var steps = flag.Int("steps", 60, "how many changes each world of the mutation t
 
 // TestVerdictsFollowChanges changes objects in place: labels of namespaces and pods, addresses, ports, sidecars, nodes, whole policies,
 // services and their endpoints; some come and go. After each change the index that followed all of them must say what a fresh one
-// says, and its Deltas must have named whatever changed since verdicts were last read. What a world ends as is held against the oracle.
+// says, and its Deltas must have named whatever changed since verdicts were last read, packets included. What a world ends as is held against
+// the oracle.
 func TestVerdictsFollowChanges(t *testing.T) {
 	moved := 0                          // pods whose verdicts a change altered: zero would prove nothing
 	for i := range (*worlds + 9) / 10 { // each step of a world compiles another one anew
@@ -58,6 +60,7 @@ func followChanges(t *testing.T, s uint64) (moved int) {
 			named.Subjects = append(named.Subjects, d.Subjects...)
 			named.Pods = append(named.Pods, d.Pods...)
 			named.Services = append(named.Services, d.Services...)
+			named.Packets = append(named.Packets, d.Packets...)
 		}
 		if r.IntN(4) == 0 {
 			continue // some changes come in a bundle, with nobody reading in between
@@ -103,8 +106,8 @@ type reading struct {
 
 // podReading is what an index says of a pod.
 type podReading struct {
-	subject, hash, seen string
-	destinations        string // what cluster IPs stand for to it
+	subject, hash, seen, packets string
+	destinations                 string // what cluster IPs stand for to it
 }
 
 // read reads all pods. What others see of a pod is in it, too: who depends on that has to be told by name.
@@ -126,7 +129,7 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 		if !ok {
 			continue
 		}
-		r := podReading{subject: p.Subject.Key, hash: hashes[p.Subject.Key], seen: fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar)}
+		r := podReading{subject: p.Subject.Key, hash: hashes[p.Subject.Key], seen: fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar), packets: x.Packets(p.Name).Hash()}
 		for i := range serviceAddrs {
 			for _, port := range servicePorts {
 				d, _ := x.DestinationFor(p.Name, verdict.TCP, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
@@ -170,6 +173,8 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 			return n, fmt.Sprintf("to pod %s services stood for %s and stand for %s, and no delta names it or a service", name, old.destinations, now.destinations)
 		case old.hash != now.hash && !byPod && !slices.Contains(d.Subjects, now.subject):
 			return n, fmt.Sprintf("the verdicts of pod %s changed, and no delta names it or its subject %s", name, now.subject)
+		case old.packets != now.packets && !slices.Contains(d.Packets, name):
+			return n, fmt.Sprintf("the packets of pod %s changed, and no delta names it", name)
 		case old.hash != now.hash:
 			n++
 		}
@@ -181,6 +186,7 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 type mutant struct {
 	oracle.World
 	*rand.Rand
+	speak func(*rand.Rand, *networkingv1.NetworkPolicy) // what is made of new policies; nil: nothing
 	made  int
 	story []string
 }

@@ -9,7 +9,7 @@
 //	SCTP ─► ingress-sctp                            SCTP ─► egress-sctp
 //	all else: as it is                              all else: as it is
 //	      │                                               │
-//	lo, replies, own node: accept                   lo, replies, proxy's mark, own node, self: accept
+//	lo, replies, own node: accept                   lo, replies, proxy's mark, own node: accept
 //	port ──► block-N: addresses in its sets: accept; else drop
 //
 // These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.

@@ -64,7 +64,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 	rs.direction(direction{name: "ingress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME, v4: 12, v6: 8,
 		blocks: p.Ingress, accepted: p.Node})
 	rs.direction(direction{name: "egress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME, v4: 16, v6: 24,
-		blocks: p.Egress, accepted: slices.Concat(p.Node, p.Self), mark: mark})
+		blocks: p.Egress, accepted: p.Node, mark: mark})
 	return rs, nil
 }
 

@@ -80,9 +80,9 @@ func surroundings(t *testing.T) *podtest.Outside {
 	return outside
 }
 
-// here is the policy with the addresses of the pod and its node.
+// here is the policy with the addresses of the pod's node.
 func here(p verdict.Packets) *verdict.Packets {
-	p.Self, p.Node = own, []netip.Addr{node4, node6}
+	p.Node = []netip.Addr{node4, node6}
 	return &p
 }
 

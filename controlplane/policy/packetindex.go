@@ -1,0 +1,134 @@
+package policy
+
+import (
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// packetIndex knows whose packets name addresses of whom, so that a pod that comes, goes or moves touches the packets of those alone.
+type packetIndex struct {
+	naming   map[spiffeid.ID]map[*Subject]bool // whose packets name an identity
+	everyone map[*Subject]bool                 // whose packets name every pod with a sidecar
+	seen     map[string]packetPeer             // pods as the packets of others have them
+	// restricting are the pods of seen that have no sidecar and that policy isolates for ingress: every sender enforces that.
+	restricting map[string]bool
+}
+
+// packetPeer is what the packets of others rest on.
+type packetPeer struct {
+	id      spiffeid.ID
+	sidecar bool
+	addrs   []netip.Addr // those that it owns
+	// subject is the key of a restricting pod's subject, whose verdicts count; otherwise empty.
+	subject string
+}
+
+func newPacketIndex() packetIndex {
+	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, seen: map[string]packetPeer{}, restricting: map[string]bool{}}
+}
+
+// note enters whom the packets of a subject, whose verdicts are compiled, name.
+func (n *packetIndex) note(s *Subject) {
+	n.forget(s)
+	in, all := packetIdentities(&s.verdicts.Ingress)
+	out, more := packetIdentities(&s.verdicts.Egress)
+	s.packetNames = append(in, out...)
+	for _, id := range s.packetNames {
+		if n.naming[id] == nil {
+			n.naming[id] = map[*Subject]bool{}
+		}
+		n.naming[id][s] = true
+	}
+	if all || more {
+		n.everyone[s] = true
+	}
+}
+
+func (n *packetIndex) forget(s *Subject) {
+	for _, id := range s.packetNames {
+		delete(n.naming[id], s)
+		if len(n.naming[id]) == 0 {
+			delete(n.naming, id)
+		}
+	}
+	s.packetNames = nil
+	delete(n.everyone, s)
+}
+
+// packetPeer is what others' packets rest on of a pod; nil, one that is gone: nothing.
+func (x *Index) packetPeer(p *pod) packetPeer {
+	if p == nil {
+		return packetPeer{}
+	}
+	out := packetPeer{id: p.ident.id, sidecar: p.sidecar, addrs: x.owned(p)}
+	if !p.sidecar && len(x.isolating(p, ingressOf)) > 0 {
+		out.subject = p.subject.Key
+	}
+	return out
+}
+
+func (a packetPeer) same(b packetPeer) bool {
+	return a.id == b.id && a.sidecar == b.sidecar && a.subject == b.subject && slices.Equal(a.addrs, b.addrs)
+}
+
+// touchPackets marks the pods whose packets a change may have changed: those whose verdicts may have, those that are touched themselves, and
+// those whose packets name one that is. One more replica touches whoever names its identity.
+func (x *Index) touchPackets(c *change) {
+	touched, all := map[*Subject]bool{}, false
+	peers := maps.Clone(c.pods)
+	for key := range c.subjects {
+		s := x.subjects[key]
+		touched[s] = true
+		for name, p := range s.pods {
+			if p.sidecar {
+				continue
+			}
+			peers[name] = true
+			all = all || x.packets.restricting[name] || x.packetPeer(p).subject != "" // whom it hears may be others now
+		}
+	}
+	for name := range c.pods {
+		if x.pods[name] != nil {
+			c.packets[name] = true
+		}
+	}
+	for name := range peers {
+		old, now := x.packets.seen[name], x.packetPeer(x.pods[name])
+		if old.same(now) {
+			continue
+		}
+		x.packets.see(name, now)
+		all = all || old.subject != "" || now.subject != ""
+		for _, id := range []spiffeid.ID{old.id, now.id} {
+			maps.Copy(touched, x.packets.naming[id])
+		}
+		if old.sidecar || now.sidecar {
+			maps.Copy(touched, x.packets.everyone)
+		}
+	}
+	if all {
+		for _, s := range x.subjects {
+			touched[s] = true
+		}
+	}
+	for s := range touched {
+		s.packets = nil
+		for name := range s.pods {
+			c.packets[name] = true
+		}
+	}
+}
+
+func (n *packetIndex) see(name string, p packetPeer) {
+	delete(n.seen, name)
+	delete(n.restricting, name)
+	if !p.id.IsZero() {
+		n.seen[name] = p
+	}
+	if p.subject != "" {
+		n.restricting[name] = true
+	}
+}
