@@ -40,7 +40,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := redirect.Apply(); err != nil { // before all else: closed from here on
 		return err
 	}
-	a, err := assemble(cfg, redirect)
+	packets, err := closePackets(cfg.Logger)
+	if err != nil {
+		return err
+	}
+	a, err := assemble(cfg, redirect, packets)
 	if err != nil {
 		return err
 	}
@@ -56,6 +60,7 @@ type agent struct {
 	upstream  *relay.Connection
 	relay     *relay.Relay
 	verdicts  *verdicts.Holder
+	packets   *packets
 	sds       *sds.Server
 	identity  *ownIdentity
 	flows     *flows.Receiver
@@ -69,8 +74,8 @@ type agent struct {
 }
 
 // assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open.
-func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
-	a := &agent{cfg: cfg, redirect: redirect, stopping: make(chan struct{})}
+func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *agent, err error) {
+	a := &agent{cfg: cfg, redirect: redirect, packets: packets, stopping: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			a.closeFiles()
@@ -108,6 +113,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
 	a.verdicts = verdicts.New()
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.verdicts.Apply})
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.packets.Apply})
 	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
 	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
@@ -124,7 +130,10 @@ func assemble(cfg Config, redirect *netfilter.Redirect) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a.readiness = &readiness{redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, identity: a.identity.missing, trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping}
+	a.readiness = &readiness{
+		redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.packets, identity: a.identity.missing,
+		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping,
+	}
 	return a, nil
 }
 

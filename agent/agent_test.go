@@ -19,6 +19,7 @@ import (
 	"github.com/mantlet/mantlet/agent/envoy"
 	"github.com/mantlet/mantlet/agent/flows"
 	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/xds/names"
 )
@@ -27,7 +28,7 @@ func cleanRedirect(t *testing.T) {
 	t.Helper()
 	r, err := netfilter.New(netfilter.ByMark(), slog.New(slog.DiscardHandler))
 	if err == nil {
-		err = r.Remove()
+		err = errors.Join(r.Remove(), packet.Remove())
 	}
 	if err != nil {
 		t.Error(err)

@@ -16,14 +16,18 @@ type readiness struct {
 	redirect interface{ Check() error }
 	source   svid.Source
 	ledger   ledger
-	verdicts interface { // *verdicts.Holder is one
-		Missing() string
-		Changed() <-chan struct{}
-	}
+	verdicts decided
+	packets  decided
 	identity func() string // why the certificate that Envoy shows is not the pod's, or ""
 	trouble  func() string // why the control plane gives no configuration, or ""
 	envoy    *peer
 	stopping <-chan struct{}
+}
+
+// decided is what the agent itself decides by; *verdicts.Holder and *packets are.
+type decided interface {
+	Missing() string // why there is none, or ""
+	Changed() <-chan struct{}
 }
 
 // ledger knows what Envoy holds; *relay.Ledger is one.
@@ -36,12 +40,12 @@ type ledger interface {
 type state struct {
 	missing []string // in the order in which it comes, in words for a person; empty: ready
 	quiet   bool     // what is missing tells of no event when it comes
-	changed [4]<-chan struct{}
+	changed [5]<-chan struct{}
 }
 
 func (r *readiness) state() state {
 	pid, envoyChanged := r.envoy.get()
-	s := state{changed: [4]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed()}}
+	s := state{changed: [5]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed(), r.packets.Changed()}}
 	select {
 	case <-r.stopping:
 		s.missing = []string{"the agent is stopping"}
@@ -55,8 +59,10 @@ func (r *readiness) state() state {
 	if _, err := r.source.GetX509SVID(); err != nil {
 		s.missing = append(s.missing, err.Error())
 	}
-	if why := r.verdicts.Missing(); why != "" {
-		s.missing = append(s.missing, why)
+	for _, p := range []decided{r.verdicts, r.packets} {
+		if why := p.Missing(); why != "" {
+			s.missing = append(s.missing, why)
+		}
 	}
 	if pid == 0 {
 		s.missing = append(s.missing, "envoy is not running")
@@ -110,6 +116,7 @@ func (r *readiness) wait(ctx context.Context) []string {
 		case <-s.changed[1]:
 		case <-s.changed[2]:
 		case <-s.changed[3]:
+		case <-s.changed[4]:
 		case <-tick:
 		}
 	}
@@ -137,6 +144,7 @@ func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Log
 			case <-s.changed[1]:
 			case <-s.changed[2]:
 			case <-s.changed[3]:
+			case <-s.changed[4]:
 			}
 		}
 	}

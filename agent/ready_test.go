@@ -26,12 +26,18 @@ type parts struct {
 	changed        chan struct{}
 	verdicts       string
 	identity       string
+	packets        string
 }
 
 // noVerdicts is what readiness asks of verdicts, beside the Missing of the ledger.
 type noVerdicts struct{ *parts }
 
 func (n noVerdicts) Missing() string { return n.verdicts }
+
+// noPackets is the same of packets.
+type noPackets struct{ *parts }
+
+func (n noPackets) Missing() string { return n.packets }
 
 func (p *parts) Check() error { return p.redirect }
 
@@ -73,6 +79,7 @@ func TestMissing(t *testing.T) {
 		{"identity", func(_ *readiness, p *parts) { p.svid = errors.New("expired") }, "expired"},
 		{"verdicts", func(_ *readiness, p *parts) { p.verdicts = "none have come" }, "none have come"},
 		{"another identity", func(_ *readiness, p *parts) { p.identity = "has another name now" }, "has another name now"},
+		{"packets", func(_ *readiness, p *parts) { p.packets = "no packets" }, "no packets"},
 		{"envoy", func(r *readiness, _ *parts) { r.envoy.set(0) }, "envoy is not running"},
 		{"listener", func(_ *readiness, p *parts) { p.missing[relay.TypeListener] = []string{"gate"} }, "envoy has not accepted: gate (no control plane)"},
 		{"rbac", func(_ *readiness, p *parts) { p.missing[relay.TypeExtension] = []string{"rbac"} }, "envoy has not accepted: rbac"},
@@ -81,7 +88,10 @@ func TestMissing(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
-			r := &readiness{redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, identity: func() string { return p.identity }, trouble: func() string { return "no control plane" }, envoy: running(os.Getuid())}
+			r := &readiness{
+				redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, identity: func() string { return p.identity },
+				trouble: func() string { return "no control plane" }, envoy: running(os.Getuid()),
+			}
 			tt.change(r, p)
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()

@@ -54,7 +54,11 @@ func TestVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	unreadable, err := server.NewSet(r)
+	packets, err := server.NewResource(names.Packets, &mantletv1.Packets{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unreadable, err := server.NewSet(r, packets)
 	if err != nil {
 		t.Fatal(err)
 	}

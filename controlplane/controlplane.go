@@ -42,6 +42,7 @@ type ControlPlane struct {
 	index    *policy.Index
 	hashes   map[string]string    // of the verdicts that are in force, by subject key
 	rendered map[string]*rendered // by subject key; only of subjects with sidecars
+	packets  packets
 	inbound  map[string]*server.Resource
 	static   []*server.Resource // clusters, the same for everybody
 	demand   demand
@@ -52,8 +53,14 @@ type ControlPlane struct {
 type rendered struct {
 	hash       string
 	gate, rbac *server.Resource
-	verdicts   *server.Resource      // for the agent
-	sets       map[string]server.Set // by node addresses
+	verdicts   *server.Resource   // for the agent
+	sets       map[string]nodeSet // by node addresses
+}
+
+// nodeSet is what the sidecars of a subject on one node hold, with these packets.
+type nodeSet struct {
+	packets *server.Resource
+	set     server.Set
 }
 
 // New returns a ControlPlane that publishes through the server made from sc; its Authenticator must be set, its OnDemand is set
@@ -69,6 +76,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		index:    policy.NewIndex(c.Policy),
 		hashes:   map[string]string{},
 		rendered: map[string]*rendered{},
+		packets:  packets{},
 		inbound:  map[string]*server.Resource{},
 		demand:   newDemand(),
 	}
@@ -166,6 +174,7 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		}
 		errs = append(errs, cp.publishPod(p))
 	}
+	errs = append(errs, cp.publishPackets(d.Packets))
 	for _, name := range d.Services {
 		cp.demand.collect(stale, serviceKey(name))
 		for _, a := range cp.index.ServiceAddrs(name) {
@@ -218,6 +227,7 @@ func (cp *ControlPlane) sweep() {
 		if cp.index.SubjectByKey(key) == nil {
 			delete(cp.hashes, key)
 			delete(cp.rendered, key)
+			delete(cp.packets, key)
 		}
 	}
 }
@@ -252,7 +262,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	v := cp.index.Verdicts(p.Subject.Key)
 	r := cp.rendered[p.Subject.Key]
 	if hash := cp.index.Hash(p.Subject.Key); r == nil || r.hash != hash {
-		r = &rendered{hash: hash, sets: map[string]server.Set{}}
+		r = &rendered{hash: hash, sets: map[string]nodeSet{}}
 		var err error
 		if r.gate, err = resource(xds.Gate(v)); err != nil {
 			return server.Set{}, err
@@ -265,9 +275,13 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 		}
 		cp.rendered[p.Subject.Key] = r
 	}
+	packets, err := cp.packetsOf(p)
+	if err != nil {
+		return server.Set{}, err
+	}
 	node := fmt.Sprint(p.NodeIPs)
-	if set, ok := r.sets[node]; ok {
-		return set, nil
+	if is, ok := r.sets[node]; ok && is.packets == packets {
+		return is.set, nil
 	}
 	inbound, err := cp.inboundFor(node, p.NodeIPs)
 	if err != nil {
@@ -277,11 +291,11 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, r.verdicts, inbound, outbound)...)
+	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, r.verdicts, packets, inbound, outbound)...)
 	if err != nil {
 		return server.Set{}, err
 	}
-	r.sets[node] = set
+	r.sets[node] = nodeSet{packets, set}
 	return set, nil
 }
 

@@ -3,6 +3,7 @@
 //	source ──Apply──► policy.Index ──► which subjects, pods, services?
 //	                        │
 //	                        ├─ verdicts differ ──► xds.Gate, RBAC, Outbound ──► server.Publish to the subject's sidecars
+//	                        ├─ addresses differ, for UDP and SCTP ──► Packets to the pods that name them
 //	                        └─ destinations differ ──► server.Refresh of the on-demand clusters that lead there
 //
 //	sidecar ── od|IP:PORT ──► Resolve: endpoints that both ends' policies admit for this identity, each with the SAN it must show

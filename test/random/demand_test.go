@@ -160,6 +160,7 @@ func connect(t *testing.T, conn *grpc.ClientConn, name string) *sidecar {
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: server.ListenerType, ResourceNamesSubscribe: []string{"*"}})
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: server.ExtensionType, ResourceNamesSubscribe: []string{names.RBAC}})
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: names.TypeVerdicts, ResourceNamesSubscribe: []string{names.Verdicts}})
+	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: names.TypePackets, ResourceNamesSubscribe: []string{names.Packets}})
 	go sc.receive(t)
 	return sc
 }

@@ -192,6 +192,9 @@ func (m *mutant) changePolicy() []event {
 	all := m.Objects.NetworkPolicies
 	np := choose(m.Rand, m.donor().Objects.NetworkPolicies).DeepCopy()
 	np.Namespace = choose(m.Rand, m.Objects.Namespaces).Name
+	if m.speak != nil {
+		m.speak(m.Rand, np)
+	}
 	if m.chance(5) {
 		np.Annotations = map[string]string{policy.PolicyModeAnnotation: "audit"} // a problem, and enforced all the same
 	}
