@@ -10,17 +10,18 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 )
 
-// rank is the order of types within one plan: what is pointed at goes before what points at it.
+// rank is the order of types within one plan. First what is not for Envoy: the agent holds open connections against it, and must not
+// hold one that newer policy let pass against an older one. Then what is pointed at before what points at it.
 func rank(typeURL string) int {
 	switch typeURL {
 	case ClusterType:
-		return 0
+		return 1
 	case ExtensionType:
 		return 2
 	case ListenerType:
 		return 3
 	}
-	return 1
+	return 0
 }
 
 // planned is one response, ready to be sent.
