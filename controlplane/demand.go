@@ -49,7 +49,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		if !e.Sidecar || e.Pod == string(client) { // to itself a pod talks past its own capture
 			id = spiffeid.ID{}
 		}
-		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id})
+		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: cp.index.Answer(string(client), verdict.TCP, e.Addr).Always})
 	}
 	cp.demand.note(name, depends, ok)
 	if !cp.demand.known[name] {

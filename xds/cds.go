@@ -80,10 +80,33 @@ type Endpoint struct {
 	Addr netip.AddrPort
 	// ID is who must answer, by mTLS; zero for a plaintext endpoint: one without a sidecar, or the pod itself.
 	ID spiffeid.ID
+	// Peer is the identity of the pod that has the address, with or without a sidecar; zero: no pod has it. It goes to the logs.
+	Peer spiffeid.ID
+	// Always says that policy has no say here: the pod itself or its own node.
+	Always bool
 }
 
-// matchKey is the endpoint metadata by which Envoy picks a transport socket.
-const matchKey = "envoy.transport_socket_match"
+// metadata tells Envoy which transport socket to take, and its log who is there.
+func (e Endpoint) metadata(match *structpb.Struct) *corev3.Metadata {
+	m := &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{matchKey: match}}
+	about := map[string]*structpb.Value{}
+	if !e.Peer.IsZero() {
+		about[names.EndpointPeer] = structpb.NewStringValue(e.Peer.String())
+	}
+	if e.Always {
+		about[names.EndpointAlways] = structpb.NewStringValue(names.AlwaysAllowed)
+	}
+	if len(about) > 0 {
+		m.FilterMetadata[names.EndpointMetadata] = &structpb.Struct{Fields: about}
+	}
+	return m
+}
+
+// matchKey is the endpoint metadata by which Envoy picks a transport socket; matchID in it is who must answer.
+const (
+	matchKey = "envoy.transport_socket_match"
+	matchID  = "id"
+)
 
 // OnDemand is the cluster for one destination as one identity may reach it. Each endpoint must prove the very SAN that is expected
 // of it. Without endpoints every connection is closed at once.
@@ -93,10 +116,10 @@ func OnDemand(name string, endpoints []Endpoint, sessions Resumption) *clusterv3
 	seen := map[spiffeid.ID]bool{}
 	for _, e := range endpoints {
 		key := structpb.NewStringValue(e.ID.String()) // "" for plaintext
-		match := &structpb.Struct{Fields: map[string]*structpb.Value{"id": key}}
+		match := &structpb.Struct{Fields: map[string]*structpb.Value{matchID: key}}
 		hosts = append(hosts, &endpointv3.LbEndpoint{
 			HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address(e.Addr.Addr(), uint32(e.Addr.Port()))}},
-			Metadata:       &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{matchKey: match}},
+			Metadata:       e.metadata(match),
 		})
 		if seen[e.ID] {
 			continue

@@ -20,7 +20,7 @@ func Gate(v *verdict.Verdicts) *listenerv3.Listener {
 		ListenerFilters:   []*listenerv3.ListenerFilter{originalDst()},
 		AccessLog:         accessLog(names.LogGate),
 		FilterChains: []*listenerv3.FilterChain{
-			{Name: names.ChainAllow, Filters: []*listenerv3.Filter{alone(), tcpProxy("gate_allow", names.ClusterApp)}},
+			{Name: names.ChainAllow, Filters: []*listenerv3.Filter{alone(), onward("gate_allow", names.ClusterApp, names.ChainAllow)}},
 			{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("gate_deny", names.ClusterDeny)}},
 		},
 		FilterChainMatcher: matcherOf(r.table(&v.Ingress)),

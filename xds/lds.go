@@ -67,7 +67,7 @@ func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainMTLS, TransportSocket: downstreamTLS(sessions), TransportSocketConnectTimeout: durationpb.New(handshakeTimeout), Filters: []*listenerv3.Filter{rbacFilter(), mtlsState(), toGateAfterHandshake()}},
-		{Name: names.ChainNode, Filters: []*listenerv3.Filter{alone(), tcpProxy("node", names.ClusterApp)}},
+		{Name: names.ChainNode, Filters: []*listenerv3.Filter{alone(), onward("node", names.ClusterApp, names.ChainNode)}},
 		{Name: names.ChainPlain, Filters: []*listenerv3.Filter{plainState(), tcpProxy("plain", names.ClusterToGate)}},
 	}
 	return l
@@ -89,7 +89,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		routes = append(routes, route{p, chain(names.ChainMesh), names.ChainMesh})
 	}
 	for _, a := range node {
-		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), chain(names.ChainPassthrough), names.ChainPassthrough})
+		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), chain(names.ChainNode), names.ChainNode})
 	}
 	l := capturing(names.Outbound, names.OutboundPort)
 	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
@@ -103,7 +103,8 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
 		{Name: names.ChainMesh, Filters: []*listenerv3.Filter{nameOnDemand(), onDemand()}},
-		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{alone(), tcpProxy("passthrough", names.ClusterPassthrough)}},
+		{Name: names.ChainNode, Filters: []*listenerv3.Filter{alone(), onward("node", names.ClusterPassthrough, names.ChainNode)}},
+		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{alone(), onward("passthrough", names.ClusterPassthrough, names.ChainPassthrough)}},
 	}
 	return l
 }
@@ -137,6 +138,19 @@ func filter(name string, m proto.Message) *listenerv3.Filter {
 
 func tcpProxy(stat, cluster string) *listenerv3.Filter {
 	return filter("tcp_proxy", &tcpproxyv3.TcpProxy{StatPrefix: stat, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster}})
+}
+
+// onward is the last step of a chain that lets connections pass: to the app or out of the pod.
+func onward(stat, cluster, chain string) *listenerv3.Filter {
+	return filter("tcp_proxy", &tcpproxyv3.TcpProxy{
+		StatPrefix: stat, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: cluster},
+		AccessLog: openLog(chain), AccessLogOptions: atOnce(),
+	})
+}
+
+// atOnce has the log speak as soon as a connection stands.
+func atOnce() *tcpproxyv3.TcpProxy_TcpAccessLogOptions {
+	return &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true}
 }
 
 // toGateAfterHandshake opens the way to the gate when the peer has proved who it is, and does not wait for its first byte: the
@@ -215,6 +229,8 @@ func onDemand() *listenerv3.Filter {
 		StatPrefix:       "mesh",
 		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: names.ClusterDeny}, // where the filter state should be missing
 		OnDemand:         &tcpproxyv3.TcpProxy_OnDemand{OdcdsConfig: ads(), Timeout: durationpb.New(onDemandTimeout)},
+		AccessLog:        openLog(names.ChainMesh),
+		AccessLogOptions: atOnce(),
 	})
 }
 

@@ -9,9 +9,12 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	grpclogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
+	tracingv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/mantlet/mantlet/xds/names"
 )
@@ -62,16 +65,54 @@ func address(a netip.Addr, port uint32) *corev3.Address {
 const flushAccessLog = 100 * time.Millisecond
 
 func accessLog(name string) []*accesslogv3.AccessLog {
+	c := logConfig(name)
+	c.BufferFlushInterval = durationpb.New(flushAccessLog)
+	return asLog(c)
+}
+
+// openLog tells the agent of connections as they begin, in time to cut one that was let pass a moment before policy changed. So nothing is
+// buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped.
+func openLog(chain string) []*accesslogv3.AccessLog {
+	c := logConfig(names.LogOpen)
+	c.BufferSizeBytes = wrapperspb.UInt32(0)
+	c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain))
+	if chain == names.ChainNode {
+		c.CustomTags = append(c.CustomTags, literal(names.TagAlways, names.AlwaysAllowed))
+	} else {
+		c.CustomTags = append(c.CustomTags, ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways))
+	}
+	return asLog(c)
+}
+
+func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
+	return &grpclogv3.CommonGrpcAccessLogConfig{
+		LogName:                 name,
+		GrpcService:             agent(),
+		TransportApiVersion:     corev3.ApiVersion_V3,
+		FilterStateObjectsToLog: []string{names.PeerID},
+		CustomTags: []*tracingv3.CustomTag{
+			ofEndpoint(names.TagPeer, names.EndpointMetadata, names.EndpointPeer),
+			ofEndpoint(names.TagProof, matchKey, matchID),
+		},
+	}
+}
+
+func asLog(c *grpclogv3.CommonGrpcAccessLogConfig) []*accesslogv3.AccessLog {
 	return []*accesslogv3.AccessLog{{
-		Name: name,
-		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(&grpclogv3.TcpGrpcAccessLogConfig{
-			CommonConfig: &grpclogv3.CommonGrpcAccessLogConfig{
-				LogName:                 name,
-				GrpcService:             agent(),
-				TransportApiVersion:     corev3.ApiVersion_V3,
-				BufferFlushInterval:     durationpb.New(flushAccessLog),
-				FilterStateObjectsToLog: []string{names.PeerID},
-			},
-		})},
+		Name:       c.LogName,
+		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(&grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: c})},
 	}}
+}
+
+func literal(tag, value string) *tracingv3.CustomTag {
+	return &tracingv3.CustomTag{Tag: tag, Type: &tracingv3.CustomTag_Literal_{Literal: &tracingv3.CustomTag_Literal{Value: value}}}
+}
+
+// ofEndpoint logs metadata of the endpoint that a connection goes to, where there is such.
+func ofEndpoint(tag, filter, field string) *tracingv3.CustomTag {
+	return &tracingv3.CustomTag{Tag: tag, Type: &tracingv3.CustomTag_Metadata_{Metadata: &tracingv3.CustomTag_Metadata{
+		Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
+		MetadataKey: &metadatav3.MetadataKey{Key: filter, Path: []*metadatav3.MetadataKey_PathSegment{
+			{Segment: &metadatav3.MetadataKey_PathSegment_Key{Key: field}}}},
+	}}}
 }

@@ -93,6 +93,8 @@ type Answer struct {
 	// Authenticated says that both ends prove who they are (mTLS between two sidecars).
 	Authenticated bool
 	Reason        verdict.Reason
+	// Always says that no policy has a say: the pod itself, or its own node.
+	Always bool
 }
 
 // Answer decides a connection from a pod ("namespace/name") to an address after service load balancing: what the sidecars of both
@@ -106,9 +108,9 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 	dst := x.owner(addr)
 	switch {
 	case src == dst:
-		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
+		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
 	case dst == nil && slices.Contains(src.hostIPs, addr):
-		return Answer{Allowed: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
+		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
 	case dst == nil && src.sidecar && x.services.owner(addr) != nil: // as an endpoint it would be balanced once more, past all policy
 		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}
 	case dst == nil && src.sidecar && x.inPodNetwork(addr):

@@ -107,7 +107,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 				case c.ToAddr.IsLoopback():
 					want = names.ChainBlackhole // never captured: somebody dials the capture port itself
 				case onNode(from.NodeIPs, c.ToAddr):
-					want = names.ChainPassthrough
+					want = names.ChainNode
 				case inside:
 					want = names.ChainMesh
 				case egress:

@@ -79,4 +79,27 @@ const (
 	LogGate     = "gate"     // the verdicts at this pod: who came, from where, to what, and whether it was let in
 	LogInbound  = "inbound"  // connections that end before the gate: TLS failures, own node, capture port
 	LogOutbound = "outbound" // connections of this pod's apps
+	LogOpen     = "open"     // what reaches an app or the outside, at once when it does, and again when it ends
+)
+
+// Custom tags of access log entries.
+const (
+	// TagPeer is the SPIFFE ID of the pod that an outbound connection goes to, whether or not it has a sidecar.
+	TagPeer = "mantlet.peer_id"
+	// TagProof is the SPIFFE ID that the pod has to prove; without it the connection is plaintext.
+	TagProof = "mantlet.proof"
+	// TagChain is the filter chain that let a connection pass.
+	TagChain = "mantlet.chain"
+	// TagAlways is AlwaysAllowed on connections on which policy has no say.
+	TagAlways = "mantlet.always"
+)
+
+// AlwaysAllowed is the value of TagAlways: the own node, or the pod itself.
+const AlwaysAllowed = "allowed"
+
+// Endpoint metadata of on-demand clusters, under the filter name EndpointMetadata.
+const (
+	EndpointMetadata = "mantlet"
+	EndpointPeer     = "peer"   // logged as TagPeer
+	EndpointAlways   = "always" // logged as TagAlways
 )
