@@ -39,12 +39,23 @@ func recordOf(log, self string, e *accesslogv3.TCPAccessLogEntry) (Record, bool)
 		r.Direction = Outbound
 	}
 	r.TransportFailure = transportFailure(log, c)
-	r.Peer = peer(c, r.TLS)
-	r.Authenticated = r.Peer != ""
 	verdict, ok := verdictOf(&r)
 	r.Verdict = verdict
+	if r.Direction == Outbound {
+		// Whose address it is; proved where the connection came about and was to be proved.
+		if id := c.GetCustomTags()[names.TagPeer]; spiffe(id) {
+			r.Peer = id
+			r.Authenticated = verdict == Allowed && spiffe(c.GetCustomTags()[names.TagProof])
+		}
+		return r, ok
+	}
+	r.Peer = peer(c, r.TLS)
+	r.Authenticated = r.Peer != ""
 	return r, ok
 }
+
+// spiffe tells an ID from names.Plaintext and from Envoy's "-" for nothing.
+func spiffe(id string) bool { return strings.HasPrefix(id, "spiffe://") }
 
 // transportFailure is why TLS failed, from the side that speaks TLS. Of a side that does not, Envoy reports what BoringSSL last stumbled
 // over on that thread, such as the inspection of a plaintext connection. So inbound it counts only where no cluster was chosen, which is
@@ -59,15 +70,15 @@ func transportFailure(log string, c *accesslogv3.AccessLogCommon) string {
 	return ""
 }
 
-// peer is the SPIFFE ID that mTLS proved. Inbound it is in the filter state, handed on from the TLS session to the gate, or in the
-// session itself; outbound the log's configuration may put it into a custom tag.
+// peer is the SPIFFE ID that mTLS proved of who came in: in the filter state, handed on from the TLS session to the gate, or in the
+// session itself.
 func peer(c *accesslogv3.AccessLogCommon, session *TLS) string {
-	candidates := []string{text(c.GetFilterStateObjects()[names.PeerID]), c.GetCustomTags()[names.PeerID]}
+	candidates := []string{text(c.GetFilterStateObjects()[names.PeerID])}
 	if session != nil {
 		candidates = append(candidates, session.PeerSANs...)
 	}
 	for _, id := range candidates {
-		if strings.HasPrefix(id, "spiffe://") { // not names.Plaintext, and not Envoy's "-" for nothing
+		if spiffe(id) {
 			return id
 		}
 	}

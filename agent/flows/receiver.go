@@ -29,11 +29,12 @@ const (
 type Receiver struct {
 	servicev3.UnimplementedAccessLogServiceServer
 
-	out    *json.Encoder
-	self   func() string
-	logger *slog.Logger
-	queue  chan Record
-	now    func() time.Time
+	out      *json.Encoder
+	self     func() string
+	logger   *slog.Logger
+	queue    chan Record
+	now      func() time.Time
+	observer Observer // nil: nobody asks
 
 	mu       sync.Mutex
 	dropped  uint64 // since the last report
@@ -99,6 +100,11 @@ func (r *Receiver) StreamAccessLogs(stream servicev3.AccessLogService_StreamAcce
 			log = id.GetLogName()
 		}
 		switch log {
+		case names.LogOpen:
+			for _, e := range m.GetTcpLogs().GetLogEntry() {
+				r.observe(e)
+			}
+			continue
 		case names.LogGate, names.LogInbound, names.LogOutbound:
 		default:
 			return status.Error(codes.InvalidArgument, fmt.Sprintf("no access log is named %q", log))
@@ -106,13 +112,14 @@ func (r *Receiver) StreamAccessLogs(stream servicev3.AccessLogService_StreamAcce
 		self := r.self()
 		for _, e := range m.GetTcpLogs().GetLogEntry() {
 			if rec, ok := recordOf(log, self, e); ok {
-				r.enqueue(rec)
+				r.Add(rec)
 			}
 		}
 	}
 }
 
-func (r *Receiver) enqueue(rec Record) {
+// Add writes a record down, or drops it when too many wait already.
+func (r *Receiver) Add(rec Record) {
 	select {
 	case r.queue <- rec:
 	default:

@@ -6,7 +6,8 @@
 //
 // A connection makes one record at each end that has a sidecar, when it ends: an outbound one at its source and an inbound one at its
 // destination. (Envoy logs an inbound connection twice, at the capture and at the gate. The gate knows the verdict; what the capture
-// logs of a connection that it handed to the gate is left out.)
+// logs of a connection that it handed to the gate is left out.) Beside this an Observer is told of each connection when it begins, and the
+// agent adds a record for each that it cuts.
 package flows
 
 import (
@@ -31,6 +32,8 @@ const (
 	Allowed Verdict = "allowed" // let through, and the other side accepted
 	Denied  Verdict = "denied"  // refused by policy, or by what stands in for it: no proof of identity, a capture port called directly
 	Failed  Verdict = "failed"  // not refused by policy, but no connection came about
+	// Revoked: let through, and cut because policy allows it no longer. It is written at that moment, beside what is written at the end.
+	Revoked Verdict = "revoked"
 )
 
 // Record is one connection. Its JSON form is stable: fields may be added, none is renamed, and what is absent was not known.
@@ -41,11 +44,15 @@ type Record struct {
 	Verdict   Verdict   `json:"verdict"`
 	// Self is the SPIFFE ID of the pod that writes the record.
 	Self string `json:"self,omitempty"`
-	// Peer is the SPIFFE ID at the other end; empty for a peer without one, and for one that Envoy was not told of (a denied outbound
-	// connection has no other end yet).
+	// Peer is the SPIFFE ID at the other end: inbound as it was proved, outbound as the control plane says whose address it is. It is empty
+	// for a peer without one, and for a denied outbound connection, which has no other end.
 	Peer string `json:"peer,omitempty"`
 	// Authenticated says that Peer was proved, by mTLS.
 	Authenticated bool `json:"authenticated"`
+	// Policy ("namespace/name"), Rule and Reason say why a connection was revoked.
+	Policy string `json:"policy,omitempty"`
+	Rule   string `json:"rule,omitempty"`
+	Reason string `json:"reason,omitempty"`
 	// Source and Destination are the ends as the client meant them, before any redirect: Destination is the address that it
 	// dialled, which for an outbound connection may be a Service's.
 	Source      netip.AddrPort `json:"source"`

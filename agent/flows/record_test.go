@@ -91,12 +91,37 @@ func TestPeer(t *testing.T) {
 		"plaintext": {&accesslogv3.AccessLogCommon{FilterStateObjects: object(t, wrapperspb.String(names.Plaintext))}, ""},
 		"other":     {&accesslogv3.AccessLogCommon{FilterStateObjects: object(t, durationpb.New(1))}, ""},
 		"nothing":   {&accesslogv3.AccessLogCommon{}, ""},
-		"no tag":    {&accesslogv3.AccessLogCommon{CustomTags: map[string]string{names.PeerID: "-"}}, ""},
-		"tag":       {&accesslogv3.AccessLogCommon{CustomTags: map[string]string{names.PeerID: peerID}}, peerID},
+		"a tag":     {&accesslogv3.AccessLogCommon{CustomTags: map[string]string{names.TagPeer: peerID, names.TagProof: peerID}}, ""}, // tags tell of endpoints
 		"session":   {&accesslogv3.AccessLogCommon{TlsProperties: &accesslogv3.TLSProperties{PeerCertificateProperties: san(peerID)}}, peerID},
 	} {
 		rec, _ := recordOf(names.LogGate, "", &accesslogv3.TCPAccessLogEntry{CommonProperties: tt.common})
 		if rec.Peer != tt.want || rec.Authenticated != (tt.want != "") {
+			t.Errorf("%s: peer %q, authenticated %v", name, rec.Peer, rec.Authenticated)
+		}
+	}
+}
+
+// Outbound, whose address it is and whether that was proved are two things.
+func TestOutboundPeer(t *testing.T) {
+	tags := func(peer, proof string) map[string]string {
+		return map[string]string{names.TagPeer: peer, names.TagProof: proof}
+	}
+	for name, tt := range map[string]struct {
+		tags          map[string]string
+		failed        bool
+		peer          string
+		authenticated bool
+	}{
+		"sidecar":              {tags: tags(peerID, peerID), peer: peerID, authenticated: true},
+		"no sidecar":           {tags: tags(peerID, ""), peer: peerID},
+		"nothing known":        {tags: tags("-", "-")},
+		"nobody's address":     {},
+		"not who it should be": {tags: tags(peerID, peerID), failed: true, peer: peerID},
+	} {
+		c := &accesslogv3.AccessLogCommon{UpstreamCluster: "od|10.0.0.1:80", CustomTags: tt.tags,
+			FilterStateObjects: object(t, wrapperspb.String(peerID)), ResponseFlags: &accesslogv3.ResponseFlags{UpstreamConnectionFailure: tt.failed}}
+		rec, ok := recordOf(names.LogOutbound, "", &accesslogv3.TCPAccessLogEntry{CommonProperties: c})
+		if !ok || rec.Peer != tt.peer || rec.Authenticated != tt.authenticated {
 			t.Errorf("%s: peer %q, authenticated %v", name, rec.Peer, rec.Authenticated)
 		}
 	}
