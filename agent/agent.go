@@ -16,6 +16,7 @@ import (
 	"github.com/mantlet/mantlet/agent/flows"
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/agent/revoke"
 	"github.com/mantlet/mantlet/agent/sds"
 	"github.com/mantlet/mantlet/agent/verdicts"
 	"github.com/mantlet/mantlet/identity/svid"
@@ -64,6 +65,7 @@ type agent struct {
 	sds       *sds.Server
 	identity  *ownIdentity
 	flows     *flows.Receiver
+	revoker   *revoke.Revoker
 	peer      *peer
 	envoy     *envoy.Process
 	readiness *readiness
@@ -117,6 +119,9 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
 	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
+	if err := a.watchConnections(); err != nil {
+		return nil, err
+	}
 	a.peer = newPeer(uid)
 	a.envoy, err = envoy.New(envoy.Config{
 		Path: cfg.Envoy, Dir: EnvoyDir(cfg.RunDir), Pod: cfg.Pod, AgentSocket: AgentSocket(cfg.RunDir),
@@ -125,6 +130,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 		Exited: func() {
 			a.peer.set(0)
 			a.relay.Ledger().Forget()
+			a.revoker.Forget()
 		},
 	})
 	if err != nil {
@@ -148,6 +154,9 @@ func (a *agent) self() string {
 
 func (a *agent) closeFiles() {
 	a.held.close()
+	if a.revoker != nil {
+		a.revoker.Close()
+	}
 	if a.upstream != nil {
 		_ = a.upstream.Close()
 	}
@@ -190,6 +199,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return a.source.Run(rest) })
 	parts.Go(func() error { a.identity.follow(rest); return nil })
 	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect) })
+	parts.Go(func() error { a.revoker.Run(rest); return nil })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {
 		<-failed.Done()
