@@ -87,7 +87,7 @@ func start(t testing.TB, m *source.Manifests, o matrix.Options) *sandbox.Sandbox
 }
 
 // manifests reads manifests from text.
-func manifests(t *testing.T, text string) *source.Manifests {
+func manifests(t testing.TB, text string) *source.Manifests {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "manifests.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {

@@ -104,7 +104,7 @@ func TestPolicyChangesReachOnlyWhomTheyConcern(t *testing.T) {
 }
 
 // confirmed waits until sidecars have ACKed everything that was published for them.
-func confirmed(t *testing.T, s *sandbox.Sandbox, pods ...string) {
+func confirmed(t testing.TB, s *sandbox.Sandbox, pods ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()

@@ -73,8 +73,6 @@ var table = []room{
 		why: "kernel only, like the redirect, and independent of it: two tables, two lives"},
 	{path: "agent/hold", rooms: []string{"xds/names", "verdict", "agent/netfilter"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
 		why: "kernel only, as netfilter, whose guard looks after its table: who answers its questions is an interface"},
-	{path: "agent/hold", rooms: []string{"xds/names", "verdict"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
-		why: "kernel only, as netfilter: who answers its questions is an interface"},
 	{path: "agent/revoke", rooms: []string{"agent/flows", "agent/verdicts", "verdict", "xds/names"}, never: kubernetes,
 		why: "open connections against verdicts; sock_diag only, so that the node mode can use it in other pods' namespaces"},
 	{path: "agent/relay", rooms: []string{"xds/names", "identity/...", "api/mantlet/v1"}, never: append([]string{envoyAPI}, kubernetes...),
