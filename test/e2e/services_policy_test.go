@@ -39,22 +39,22 @@ func under(t *testing.T, s *sandbox.Sandbox, text string, test func()) {
 	confirmed(t, s, "shop/web", "shop/api-0", "shop/api-1", "shop/api-2")
 }
 
-// stream is a connection that stays open. It was answered by a pod.
-type stream struct {
+// trickle is a connection that stays open. It was answered by a pod.
+type trickle struct {
 	net.Conn
 	lines *bufio.Reader
 	said  int
 }
 
 // open opens a stream by a service to a certain pod: whoever else answers is hung up on.
-func open(t *testing.T, s *sandbox.Sandbox, to netip.AddrPort, want string) *stream {
+func open(t *testing.T, s *sandbox.Sandbox, to netip.AddrPort, want string) *trickle {
 	t.Helper()
 	for range 100 {
 		conn, err := dialIn(pod(t, s, "shop/web"))(t.Context(), "tcp", to.String())
 		if err != nil {
 			t.Fatal(err)
 		}
-		st := &stream{Conn: conn, lines: bufio.NewReader(conn)}
+		st := &trickle{Conn: conn, lines: bufio.NewReader(conn)}
 		if who := st.talk(t); strings.Contains(who, want) {
 			t.Cleanup(func() { _ = conn.Close() })
 			return st
@@ -66,7 +66,7 @@ func open(t *testing.T, s *sandbox.Sandbox, to netip.AddrPort, want string) *str
 }
 
 // talk says a line and returns the answer to it.
-func (st *stream) talk(t *testing.T) string {
+func (st *trickle) talk(t *testing.T) string {
 	t.Helper()
 	st.said++
 	_ = st.SetDeadline(time.Now().Add(patience))
@@ -84,7 +84,7 @@ func (st *stream) talk(t *testing.T) string {
 // partlyAllowed: of a service's endpoints those are used that the policies of both ends admit, now. Connections to those that stay
 // allowed live on.
 func partlyAllowed(t *testing.T, s *sandbox.Sandbox) {
-	var streams []*stream
+	var streams []*trickle
 	for _, vip := range vips["api"] {
 		streams = append(streams, open(t, s, at(vip, 80), "api-0"))
 	}
