@@ -59,6 +59,7 @@ type Sandbox struct {
 	minter    *attest.Minter
 	grpc      *grpc.Server
 	serving   sync.WaitGroup
+	brake     brake         // of the control plane's connections
 	index     *policy.Index // the evaluator that the packets are held against; apart from the control plane's own
 	enclosure netns.Enclosure
 	running   context.Context // of the agents: it ends with Close
@@ -77,7 +78,8 @@ type pod struct {
 	spec  *corev1.Pod
 	ports []matrix.Listener
 	net   *netns.Pod
-	agent *agent // nil without sidecar
+	agent *agent // nil without sidecar, and while that is dead
+	dir   string // of the agent's files; "": it never had one
 }
 
 // Start brings everything up and returns when every sidecar is ready. When it fails, what had been started is ended.
@@ -132,27 +134,36 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	return s, s.startAgents(ctx)
 }
 
-// serve starts the control plane on the node's addresses.
+// serve makes what outlives a control plane, and starts one.
 func (s *Sandbox) serve(ctx context.Context) error {
-	td := s.cfg.Policy.TrustDomain
 	var err error
-	if s.authority, err = ca.New(ca.Config{TrustDomain: td, TTL: s.cfg.Lifetimes.SVID}); err != nil {
+	if s.authority, err = ca.New(ca.Config{TrustDomain: s.cfg.Policy.TrustDomain, TTL: s.cfg.Lifetimes.SVID}); err != nil {
 		return err
 	}
 	s.minter = attest.NewMinter(attest.MinterConfig{})
+	return s.startControlPlane(ctx)
+}
+
+// startControlPlane starts a control plane on the node's addresses.
+func (s *Sandbox) startControlPlane(ctx context.Context) error {
 	v4, v6 := s.network.Addresses()
-	s.cp, s.grpc, err = controlplane.NewServer(
+	cp, grpcServer, err := controlplane.NewServer(
 		controlplane.Config{Policy: s.cfg.Policy, ServiceNetwork: s.cfg.Manifests.ServiceNetwork, Resumption: s.cfg.Lifetimes.Resumption, Log: s.cfg.Log},
 		s.authority, s.minter, server.Config{Log: s.cfg.Log}, []netip.Addr{v4, v6})
 	if err != nil {
 		return err
 	}
+	s.cp, s.grpc = cp, grpcServer
 	objects := s.cfg.Manifests.Objects
 	objects.Pods = nil
 	for _, p := range s.cfg.Manifests.Objects.Pods {
-		objects.Pods = append(objects.Pods, s.withUID(p))
+		q := s.withUID(p)
+		if is := s.pods[p.Namespace+"/"+p.Name]; is != nil {
+			q.UID = types.UID(is.uid)
+		}
+		objects.Pods = append(objects.Pods, q)
 	}
-	if err := s.cp.Load(&objects); err != nil {
+	if err := cp.Load(&objects); err != nil {
 		return err
 	}
 	for _, a := range []netip.Addr{v4, v6} {
@@ -162,7 +173,7 @@ func (s *Sandbox) serve(ctx context.Context) error {
 			return fmt.Errorf("control plane: %w", err)
 		}
 		s.serving.Go(func() {
-			if err := s.grpc.Serve(lis); err != nil {
+			if err := grpcServer.Serve(braked{lis, &s.brake}); err != nil {
 				s.cfg.Log.Error("the control plane's server ended", "error", err)
 			}
 		})
@@ -282,31 +293,9 @@ func (s *Sandbox) services() []netns.Service {
 
 // startAgents starts the sidecars of all injected pods that have none running, and waits until each is ready.
 func (s *Sandbox) startAgents(ctx context.Context) error {
-	var injected []*pod
-	for _, p := range s.pods {
-		if p.agent == nil && p.spec.Annotations[policy.SidecarAnnotation] == policy.SidecarInjected {
-			injected = append(injected, p)
-		}
-	}
-	slices.SortFunc(injected, func(a, b *pod) int { return strings.Compare(a.name, b.name) })
-	if len(injected) == 0 {
-		return nil
-	}
-	run, err := s.agentRun()
+	injected, err := s.launchAgents()
 	if err != nil {
 		return err
-	}
-	s.cfg.Progress("sidecars", 0, len(injected))
-	for _, p := range injected {
-		token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: p.uid}, attest.Audience)
-		if err != nil {
-			return err
-		}
-		dir := filepath.Join(s.dir, "pods", strconv.Itoa(s.agents)) // short: paths of unix sockets are bounded
-		s.agents++
-		if p.agent, err = run.start(s.running, p.net, s.controlPlaneFor(p), dir, token); err != nil {
-			return err
-		}
 	}
 	var mu sync.Mutex
 	ready := 0
@@ -324,6 +313,45 @@ func (s *Sandbox) startAgents(ctx context.Context) error {
 		})
 	}
 	return g.Wait()
+}
+
+// launchAgents starts the sidecars of all injected pods that have none running, and returns these pods.
+func (s *Sandbox) launchAgents() ([]*pod, error) {
+	var injected []*pod
+	for _, p := range s.pods {
+		if p.agent == nil && p.spec.Annotations[policy.SidecarAnnotation] == policy.SidecarInjected {
+			injected = append(injected, p)
+		}
+	}
+	slices.SortFunc(injected, func(a, b *pod) int { return strings.Compare(a.name, b.name) })
+	if len(injected) == 0 {
+		return nil, nil
+	}
+	run, err := s.agentRun()
+	if err != nil {
+		return nil, err
+	}
+	s.cfg.Progress("sidecars", 0, len(injected))
+	for _, p := range injected {
+		if err := s.launch(run, p); err != nil {
+			return nil, err
+		}
+	}
+	return injected, nil
+}
+
+// launch starts the agent of a pod, in the folder of the one before it.
+func (s *Sandbox) launch(run agentRun, p *pod) error {
+	token, _, err := s.minter.Mint(attest.Pod{Namespace: p.spec.Namespace, Name: p.spec.Name, UID: p.uid}, attest.Audience)
+	if err != nil {
+		return err
+	}
+	if p.dir == "" {
+		p.dir = filepath.Join(s.dir, "pods", strconv.Itoa(s.agents)) // short: paths of unix sockets are bounded
+		s.agents++
+	}
+	p.agent, err = run.start(s.running, p.net, s.controlPlaneFor(p), p.dir, token)
+	return err
 }
 
 // agentRun is what all agents are started with. The first time it lays out their files.
@@ -363,7 +391,7 @@ func (s *Sandbox) Network() *netns.Network { return s.network }
 // Authority is the CA that signs the pods' identities. With its key one can play an attacker who has stolen an identity.
 func (s *Sandbox) Authority() *ca.CA { return s.authority }
 
-// ControlPlane is the running control plane.
+// ControlPlane is the running control plane; nil while it is stopped.
 func (s *Sandbox) ControlPlane() *controlplane.ControlPlane { return s.cp }
 
 // Identity is the SPIFFE ID of a pod.

@@ -35,7 +35,8 @@ type Change struct {
 
 // Update makes the running sandbox one of other manifests, read with the present ones as source.Options.Previous. Pods that are new
 // are started, those that are gone are ended; a pod whose addresses, ports or injection change is replaced, and so is one of a workload
-// whose labels change, as a Deployment would do it. A pod that stands alone is relabelled while it runs. It returns when every sidecar has confirmed what it was sent.
+// whose labels change, as a Deployment would do it. A pod that stands alone is relabelled while it runs. It returns when every sidecar
+// has confirmed what it was sent; while the control plane is stopped, at once.
 func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, error) {
 	if !slices.Equal(next.PodNetwork, s.cfg.Manifests.PodNetwork) || !slices.Equal(next.ServiceNetwork, s.cfg.Manifests.ServiceNetwork) {
 		return nil, errors.New("the manifests give addresses outside the networks that the sandbox runs with\n  hint: start the sandbox anew")
@@ -44,6 +45,9 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 	c := &Change{Objects: d.words}
 	if len(d.words) == 0 {
 		return c, nil
+	}
+	if s.cp == nil {
+		return c, s.updateUnserved(ctx, next, d)
 	}
 	before := s.cp.Server().Ledger().Totals()
 	c.Began = time.Now()
