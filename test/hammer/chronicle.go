@@ -1,0 +1,117 @@
+package hammer
+
+import (
+	"fmt"
+	"sync"
+	"time"
+)
+
+// Settling is how much earlier than an attempt a state must have been confirmed to be in force for certain. Envoy confirms a listener or
+// a cluster when its main thread has taken it; its workers follow as soon as they run.
+const Settling = 250 * time.Millisecond
+
+// Allows says whether a state of policy lets a peer reach a target.
+type Allows func(peer, target string) bool
+
+// Chronicle is the history of policy: one state after the other. It is safe for concurrent use.
+type Chronicle struct {
+	mu     sync.Mutex
+	states []state
+}
+
+type state struct {
+	allows    Allows
+	begun     time.Time // from here on it may be in force
+	confirmed time.Time // from here on every sidecar has said that it is; zero: not yet
+}
+
+// NewChronicle begins with a state that is in force everywhere.
+func NewChronicle(first Allows) *Chronicle {
+	return &Chronicle{states: []state{{allows: first}}}
+}
+
+// Begin is for the moment before a state is handed to the control plane.
+func (c *Chronicle) Begin(next Allows) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.states = append(c.states, state{allows: next, begun: time.Now()})
+}
+
+// Confirm is for the moment when every sidecar has confirmed the last state that was begun.
+func (c *Chronicle) Confirm() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.states[len(c.states)-1].confirmed = time.Now()
+}
+
+// Verdict is what is known of an attempt that lasted from one time to another.
+type Verdict uint8
+
+// What may be known.
+const (
+	Either  Verdict = iota // some of the states allow it, some do not
+	Denied                 // none of the states allows it
+	Allowed                // all of them do
+)
+
+func (v Verdict) String() string { return [...]string{"either", "denied", "allowed"}[v] }
+
+// Judge says what had to become of an attempt.
+func (c *Chronicle) Judge(peer, target string, began, ended time.Time) Verdict {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := 0
+	for i, s := range c.states {
+		if i > 0 && !s.confirmed.IsZero() && !s.confirmed.Add(Settling).After(began) {
+			first = i
+		}
+	}
+	allowed, denied := 0, 0
+	for i, s := range c.states[first:] {
+		if i > 0 && s.begun.After(ended) {
+			break
+		}
+		if s.allows(peer, target) {
+			allowed++
+		} else {
+			denied++
+		}
+	}
+	switch {
+	case allowed == 0:
+		return Denied
+	case denied == 0:
+		return Allowed
+	}
+	return Either
+}
+
+// Len is how many states there have been.
+func (c *Chronicle) Len() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.states)
+}
+
+// Tally counts attempts by what had to become of them, and holds the first complaints.
+type Tally struct {
+	Attempts                int
+	Denied, Allowed, Either int
+	Answered                int // of all
+	Wrong                   int
+	Complaints              []string // the first of them
+}
+
+const maxComplaints = 20
+
+func (t *Tally) complain(format string, args ...any) {
+	t.Wrong++
+	if len(t.Complaints) < maxComplaints {
+		t.Complaints = append(t.Complaints, fmt.Sprintf(format, args...))
+	}
+}
+
+func (t *Tally) String() string {
+	return fmt.Sprintf("%d attempts: %d that had to be denied, %d that had to be answered, %d that could be either; %d answered; %d wrong",
+		t.Attempts, t.Denied, t.Allowed, t.Either, t.Answered, t.Wrong)
+}

@@ -1,0 +1,245 @@
+package hammer
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mantlet/mantlet/sandbox/netns"
+)
+
+// Target is an app as clients reach it.
+type Target struct {
+	Name string // what Allows is asked about; several targets may share one
+	App  string // key of the app in Siege.Apps
+	Addr netip.AddrPort
+}
+
+// Attempt is one connection that was tried.
+type Attempt struct {
+	Peer   string
+	Target Target
+	Nonce  string
+	Began  time.Time
+	Ended  time.Time
+	// Answer is what came back, without its newline; empty: no byte came.
+	Answer string
+	Err    error // of whatever kept the answer from coming
+}
+
+// wanted is the answer of the app that is meant.
+func (a *Attempt) wanted(app *App) string { return fmt.Sprintf("%d %s", app.port, a.Nonce) }
+
+// attemptPatience bounds one attempt. Denied ones are refused or closed at once; allowed ones wait for certificates and clusters.
+const attemptPatience = 10 * time.Second
+
+var nonces atomic.Uint64
+
+// attempt tries one connection. It must run on a thread of the peer's network namespace.
+func attempt(peer string, to Target) Attempt {
+	a := Attempt{Peer: peer, Target: to, Nonce: fmt.Sprintf("n%d", nonces.Add(1)), Began: time.Now()}
+	a.Answer, a.Err = ask(to.Addr, a.Nonce)
+	a.Ended = time.Now()
+	return a
+}
+
+func ask(to netip.AddrPort, nonce string) (string, error) {
+	c, err := net.DialTimeout("tcp", to.String(), attemptPatience) //nolint:noctx // an attempt ends by itself
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(attemptPatience))
+	if _, err := fmt.Fprintf(c, "%s\n", nonce); err != nil {
+		return "", err
+	}
+	line, err := bufio.NewReader(c).ReadString('\n')
+	return strings.TrimSuffix(line, "\n"), err
+}
+
+// Siege is a set of clients that hammer apps.
+type Siege struct {
+	chronicle *Chronicle
+	apps      map[string]*App
+	pace      time.Duration
+	ctx       context.Context
+	cancel    context.CancelFunc
+	running   sync.WaitGroup
+
+	mu       sync.Mutex
+	attempts []Attempt // that nobody has judged
+	count    int
+	more     chan struct{} // closed at the next attempt
+	failed   error
+	excused  []span
+	// What the apps have seen and no judged attempt stands for.
+	seen   map[string]Visit // by app and nonce
+	silent map[string]int   // by app
+}
+
+type span struct {
+	pod      string // "": everybody
+	from, to time.Time
+}
+
+// NewSiege returns a siege that nobody takes part in yet. Between two attempts each client rests for pace.
+func NewSiege(c *Chronicle, apps map[string]*App, pace time.Duration) *Siege {
+	s := &Siege{chronicle: c, apps: apps, pace: pace, more: make(chan struct{}), seen: map[string]Visit{}, silent: map[string]int{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+// Join has a pod try targets, one after the other, until Stop.
+func (s *Siege) Join(pod *netns.Pod, targets []Target) {
+	s.running.Go(func() {
+		err := pod.Do(func() error {
+			rest := time.NewTimer(s.pace)
+			defer rest.Stop()
+			for i := 0; s.ctx.Err() == nil; i++ {
+				s.add(attempt(pod.Name(), targets[i%len(targets)]))
+				rest.Reset(s.pace)
+				select {
+				case <-rest.C:
+				case <-s.ctx.Done():
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			s.mu.Lock()
+			s.failed = err
+			s.mu.Unlock()
+		}
+	})
+}
+
+// Excuse says that between two times what a pod was part of did not have to be answered.
+func (s *Siege) Excuse(pod string, from, to time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.excused = append(s.excused, span{pod, from, to})
+}
+
+func (s *Siege) isExcused(a *Attempt) bool {
+	for _, e := range s.excused {
+		if (e.pod == "" || e.pod == a.Peer || e.pod == a.Target.App) && a.Began.Before(e.to) && a.Ended.After(e.from) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *Siege) add(a Attempt) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.attempts = append(s.attempts, a)
+	s.count++
+	close(s.more)
+	s.more = make(chan struct{})
+}
+
+// Await returns when so many more attempts have ended.
+func (s *Siege) Await(ctx context.Context, n int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for want := s.count + n; s.count < want; {
+		more := s.more
+		s.mu.Unlock()
+		select {
+		case <-more:
+		case <-ctx.Done():
+		}
+		s.mu.Lock()
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for %d more attempts: %w", want-s.count, ctx.Err())
+		}
+	}
+	return nil
+}
+
+// Stop ends the siege. The apps must still be there.
+func (s *Siege) Stop() error {
+	s.cancel()
+	s.running.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed
+}
+
+// Judge holds all attempts that ended since the last call against the chronicle. After Stop, it also complains of what no attempt explains.
+func (s *Siege) Judge() *Tally {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for name, app := range s.apps { // while no attempt is added: what those that ended have caused has been seen
+		seen, silent := app.Take()
+		for nonce, v := range seen {
+			s.seen[name+" "+nonce] = v
+		}
+		s.silent[name] += silent
+	}
+	t := &Tally{Attempts: len(s.attempts)}
+	for i := range s.attempts {
+		s.judge(t, &s.attempts[i])
+	}
+	s.attempts = nil
+	if s.ctx.Err() == nil {
+		return t
+	}
+	for app, n := range s.silent {
+		if n > 0 {
+			t.complain("the app of %s accepted %d connections that nobody who was allowed to had begun", app, n)
+		}
+	}
+	for nonce, v := range s.seen {
+		t.complain("an app saw a connection that nobody had begun, at %s from %s: %q", clock(v.At), v.From, nonce)
+	}
+	return t
+}
+
+// judge adds one attempt to a tally.
+func (s *Siege) judge(t *Tally, a *Attempt) {
+	app := s.apps[a.Target.App]
+	visit, reached := s.seen[a.Target.App+" "+a.Nonce]
+	delete(s.seen, a.Target.App+" "+a.Nonce)
+	ended := a.Ended
+	if reached && visit.At.After(ended) {
+		ended = visit.At
+	}
+	answered := a.Answer == a.wanted(app)
+	if answered {
+		t.Answered++
+	}
+	what := fmt.Sprintf("%s → %s (%s), %s to %s", a.Peer, a.Target.Name, a.Target.Addr, clock(a.Began), clock(ended))
+	verdict := s.chronicle.Judge(a.Peer, a.Target.Name, a.Began, ended)
+	switch {
+	case a.Answer != "" && !answered:
+		t.complain("%s: somebody else answered: %q", what, a.Answer)
+	case answered && !reached:
+		t.complain("%s: answered, and the app has not seen it", what)
+	}
+	if verdict != Denied && !answered && !reached && s.silent[a.Target.App] > 0 {
+		s.silent[a.Target.App]-- // admitted by one lock, and not by the next
+	}
+	switch verdict {
+	case Denied:
+		t.Denied++
+		if answered || reached || a.Answer != "" {
+			t.complain("%s: had to be denied and was admitted (answer %q, seen by the app: %v)", what, a.Answer, reached)
+		}
+	case Allowed:
+		t.Allowed++
+		if !answered && !s.isExcused(a) {
+			t.complain("%s: had to be answered and was not: %v (seen by the app: %v)", what, a.Err, reached)
+		}
+	case Either:
+		t.Either++
+	}
+}
+
+func clock(t time.Time) string { return t.Format("15:04:05.000") }
