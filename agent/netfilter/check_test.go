@@ -25,12 +25,13 @@ func TestCheck(t *testing.T) {
 			c.InsertRule(&nftables.Rule{Table: table(), Chain: &nftables.Chain{Name: "output", Table: table()},
 				Exprs: []expr.Any{&expr.Verdict{Kind: expr.VerdictAccept}}})
 		}, "rules, not"},
-		"chain added": {func(c *nftables.Conn) { c.AddChain(&nftables.Chain{Name: "more", Table: table()}) }, "3 chains"},
+		"chain added": {func(c *nftables.Conn) { c.AddChain(&nftables.Chain{Name: "more", Table: table()}) }, "4 chains"},
 		"other port": {func(c *nftables.Conn) {
 			other := ByMark()
 			other.OutboundPort++
 			c.DelTable(table())
 			c.AddTable(table())
+			addTimeouts(c)
 			for _, w := range other.chains() {
 				c.AddChain(w.Chain)
 				for _, e := range w.Rules {

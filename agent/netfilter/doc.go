@@ -23,6 +23,9 @@
 // because the table comes before the first app container; and a connection that no policy has seen should not live on. Connections that
 // conntrack knows are not touched when the table is written again.
 //
+// A connection that was reset is forgotten at once: the kernel would let the next one with the same addresses and ports take its way, and
+// the app and Envoy draw their ports from the same range (timeout.go).
+//
 // What is exempt is so by what an app cannot have: the proxy's user, or a mark that takes CAP_NET_ADMIN or CAP_NET_RAW to set.
 //
 // Not enforced yet: UDP and SCTP. This table lets them pass.

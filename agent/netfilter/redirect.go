@@ -65,6 +65,7 @@ func (r *Redirect) Apply() error {
 	conn.AddTable(table())
 	conn.DelTable(table())
 	conn.AddTable(table())
+	addTimeouts(conn)
 	for _, want := range r.cfg.chains() {
 		conn.AddChain(want.Chain)
 		for _, exprs := range want.Rules {
@@ -72,7 +73,7 @@ func (r *Redirect) Apply() error {
 		}
 	}
 	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("redirect: write table inet %s (needs CAP_NET_ADMIN and nf_tables with NAT in the kernel): %w", tableName, err)
+		return fmt.Errorf("redirect: write table inet %s (needs CAP_NET_ADMIN and nf_tables with NAT and conntrack timeouts in the kernel): %w", tableName, err)
 	}
 	return nil
 }

@@ -16,6 +16,10 @@ func table() *nftables.Table {
 
 // chains are the whole table. In nft's own language:
 //
+//	ct timeout reset { protocol tcp; policy = { close: 0, … } }
+//	chain remember { type filter hook output priority -160; policy accept;
+//		meta l4proto tcp ct timeout set "reset"
+//	}
 //	chain prerouting { type nat hook prerouting priority -100; policy accept;
 //		iifname "lo" return
 //		meta l4proto tcp redirect to :15006
@@ -33,6 +37,7 @@ func (c Config) chains() []Chain {
 	}
 	exempt = append(exempt, returnIf(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(c.Mark)))
 	return []Chain{
+		{rememberChain(), [][]expr.Any{forgetReset()}},
 		{natChain("prerouting", nftables.ChainHookPrerouting), [][]expr.Any{
 			// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
 			returnIf(expr.MetaKeyIIFNAME, interfaceName("lo")),
