@@ -17,7 +17,8 @@ import (
 // Target is an app as clients reach it.
 type Target struct {
 	Name string // what Allows is asked about; several targets may share one
-	App  string // key of the app in Siege.Apps
+	Pod  string // whose app it is
+	App  string // key of the app among those of the Siege
 	Addr netip.AddrPort
 }
 
@@ -67,7 +68,6 @@ func ask(to netip.AddrPort, nonce string) (string, error) {
 type Siege struct {
 	chronicle *Chronicle
 	apps      map[string]*App
-	pace      time.Duration
 	ctx       context.Context
 	cancel    context.CancelFunc
 	running   sync.WaitGroup
@@ -84,26 +84,26 @@ type Siege struct {
 }
 
 type span struct {
-	pod      string // "": everybody
+	pod      string // at either end
 	from, to time.Time
 }
 
-// NewSiege returns a siege that nobody takes part in yet. Between two attempts each client rests for pace.
-func NewSiege(c *Chronicle, apps map[string]*App, pace time.Duration) *Siege {
-	s := &Siege{chronicle: c, apps: apps, pace: pace, more: make(chan struct{}), seen: map[string]Visit{}, silent: map[string]int{}}
+// NewSiege returns a siege of apps that nobody takes part in yet.
+func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
+	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), seen: map[string]Visit{}, silent: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
 
-// Join has a pod try targets, one after the other, until Stop.
-func (s *Siege) Join(pod *netns.Pod, targets []Target) {
+// Join has a pod try targets, one after the other with a rest between them, until Stop.
+func (s *Siege) Join(pod *netns.Pod, targets []Target, pause time.Duration) {
 	s.running.Go(func() {
 		err := pod.Do(func() error {
-			rest := time.NewTimer(s.pace)
+			rest := time.NewTimer(pause)
 			defer rest.Stop()
 			for i := 0; s.ctx.Err() == nil; i++ {
 				s.add(attempt(pod.Name(), targets[i%len(targets)]))
-				rest.Reset(s.pace)
+				rest.Reset(pause)
 				select {
 				case <-rest.C:
 				case <-s.ctx.Done():
@@ -119,7 +119,7 @@ func (s *Siege) Join(pod *netns.Pod, targets []Target) {
 	})
 }
 
-// Excuse says that between two times what a pod was part of did not have to be answered.
+// Excuse says that between two times what a pod was an end of did not have to be answered: its sidecar had been killed.
 func (s *Siege) Excuse(pod string, from, to time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -128,7 +128,7 @@ func (s *Siege) Excuse(pod string, from, to time.Time) {
 
 func (s *Siege) isExcused(a *Attempt) bool {
 	for _, e := range s.excused {
-		if (e.pod == "" || e.pod == a.Peer || e.pod == a.Target.App) && a.Began.Before(e.to) && a.Ended.After(e.from) {
+		if (e.pod == a.Peer || e.pod == a.Target.Pod) && a.Began.Before(e.to) && a.Ended.After(e.from) {
 			return true
 		}
 	}
