@@ -8,17 +8,18 @@ import (
 
 	"github.com/mantlet/mantlet/sandbox"
 	"github.com/mantlet/mantlet/sandbox/matrix"
+	"github.com/mantlet/mantlet/test/hammer"
 )
 
 // TestSidecarsDie kills Envoys and agents, of servers and of clients, with the control plane there and gone, while everybody tries to get
 // in: nobody is admitted who must not be, who may is admitted again as soon as the sidecar is back, and the kernel's rules are those
 // of before.
 func TestSidecarsDie(t *testing.T) {
-	c := newContest(random(t))
-	m := manifests(t, contested)
-	m.Objects.NetworkPolicies = c.policies()
+	c := hammer.NewContest(random(t))
+	m := manifests(t, hammer.Contested)
+	m.Objects.NetworkPolicies = c.Policies()
 	s := start(t, m, matrix.Options{})
-	siege := lay(t, s, m)
+	siege := enter(t, s, m)
 	enough := func() {
 		t.Helper()
 		if err := siege.Await(t.Context(), 100); err != nil {
@@ -39,11 +40,11 @@ func TestSidecarsDie(t *testing.T) {
 			t.Errorf("%s has %d nftables rules after its agent came back, %d before", name, got, rules[name])
 		}
 	}
-	siege.lift(t)
+	lift(t, siege)
 }
 
 // killEnvoy kills a pod's Envoy and returns when the next one is ready.
-func killEnvoy(t *testing.T, s *sandbox.Sandbox, g *siege, name string) {
+func killEnvoy(t *testing.T, s *sandbox.Sandbox, g *hammer.Arena, name string) {
 	t.Helper()
 	began := time.Now()
 	dead, err := s.KillEnvoy(name)
@@ -61,7 +62,7 @@ func killEnvoy(t *testing.T, s *sandbox.Sandbox, g *siege, name string) {
 }
 
 // killAgent kills a pod's agent, starts another one a while later and returns when that is ready.
-func killAgent(t *testing.T, s *sandbox.Sandbox, g *siege, name string) {
+func killAgent(t *testing.T, s *sandbox.Sandbox, g *hammer.Arena, name string) {
 	t.Helper()
 	began := time.Now()
 	if err := s.KillAgent(name); err != nil {
@@ -77,7 +78,7 @@ func killAgent(t *testing.T, s *sandbox.Sandbox, g *siege, name string) {
 }
 
 // back waits until a sidecar is ready again; what failed between is excused.
-func back(t *testing.T, s *sandbox.Sandbox, g *siege, name, what string, began time.Time) {
+func back(t *testing.T, s *sandbox.Sandbox, g *hammer.Arena, name, what string, began time.Time) {
 	t.Helper()
 	if err := s.AwaitReady(t.Context(), name); err != nil {
 		t.Fatal(err)

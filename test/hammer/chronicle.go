@@ -60,10 +60,11 @@ func (v Verdict) String() string { return [...]string{"either", "denied", "allow
 func (c *Chronicle) Judge(peer, target string, began, ended time.Time) Verdict {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	first := 0
-	for i, s := range c.states {
-		if i > 0 && !s.confirmed.IsZero() && !s.confirmed.Add(Settling).After(began) {
-			first = i
+	first := len(c.states) - 1
+	for ; first > 0; first-- {
+		s := c.states[first]
+		if !s.confirmed.IsZero() && !s.confirmed.Add(Settling).After(began) {
+			break
 		}
 	}
 	allowed, denied := 0, 0
@@ -97,7 +98,9 @@ func (c *Chronicle) Len() int {
 type Tally struct {
 	Attempts                int
 	Denied, Allowed, Either int
-	Answered                int // of all
+	Answered                int    // of all
+	Echoed                  uint64 // bytes of streams
+	Breaks, Excused         int    // of streams, and how many of those because an end was killed
 	Wrong                   int
 	Complaints              []string // the first of them
 }
@@ -111,7 +114,25 @@ func (t *Tally) complain(format string, args ...any) {
 	}
 }
 
+// Add adds another tally.
+func (t *Tally) Add(o *Tally) {
+	t.Attempts += o.Attempts
+	t.Denied += o.Denied
+	t.Allowed += o.Allowed
+	t.Either += o.Either
+	t.Answered += o.Answered
+	t.Echoed += o.Echoed
+	t.Breaks += o.Breaks
+	t.Excused += o.Excused
+	t.Wrong += o.Wrong
+	t.Complaints = append(t.Complaints, o.Complaints[:min(len(o.Complaints), maxComplaints-min(maxComplaints, len(t.Complaints)))]...)
+}
+
 func (t *Tally) String() string {
-	return fmt.Sprintf("%d attempts: %d that had to be denied, %d that had to be answered, %d that could be either; %d answered; %d wrong",
+	text := fmt.Sprintf("%d attempts: %d that had to be denied, %d that had to be answered, %d that could be either; %d answered; %d wrong",
 		t.Attempts, t.Denied, t.Allowed, t.Either, t.Answered, t.Wrong)
+	if t.Echoed > 0 {
+		text += fmt.Sprintf("; streams: %d bytes came back as they were sent, %d breaks, %d of them where an end was killed", t.Echoed, t.Breaks, t.Excused)
+	}
+	return text
 }

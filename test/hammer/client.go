@@ -71,16 +71,20 @@ type Siege struct {
 	ctx       context.Context
 	cancel    context.CancelFunc
 	running   sync.WaitGroup
+	gate      sync.RWMutex // held for reading by each attempt
 
 	mu       sync.Mutex
-	attempts []Attempt // that nobody has judged
-	count    int
-	more     chan struct{} // closed at the next attempt
+	attempts []Attempt      // that nobody has judged
+	count    map[string]int // attempts so far, by peer; "" is all
+	more     chan struct{}  // closed at the next attempt
 	failed   error
 	excused  []span
 	// What the apps have seen and no judged attempt stands for.
-	seen   map[string]Visit // by app and nonce
-	silent map[string]int   // by app
+	seen    map[string]Visit // by app and nonce
+	silent  map[string]int   // by app
+	streams map[string]bool  // what streams have begun, by app and nonce
+	breaks  []broken         // of streams, that nobody has judged
+	echoed  uint64           // bytes of streams that came back as they were sent, since the last Judge
 }
 
 type span struct {
@@ -90,7 +94,7 @@ type span struct {
 
 // NewSiege returns a siege of apps that nobody takes part in yet.
 func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
-	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), seen: map[string]Visit{}, silent: map[string]int{}}
+	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), count: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -102,7 +106,9 @@ func (s *Siege) Join(pod *netns.Pod, targets []Target, pause time.Duration) {
 			rest := time.NewTimer(pause)
 			defer rest.Stop()
 			for i := 0; s.ctx.Err() == nil; i++ {
+				s.gate.RLock()
 				s.add(attempt(pod.Name(), targets[i%len(targets)]))
+				s.gate.RUnlock()
 				rest.Reset(pause)
 				select {
 				case <-rest.C:
@@ -119,6 +125,12 @@ func (s *Siege) Join(pod *netns.Pod, targets []Target, pause time.Duration) {
 	})
 }
 
+// Pause returns when no attempt is under way; none is until resume is called. Streams go on.
+func (s *Siege) Pause() (resume func()) {
+	s.gate.Lock()
+	return s.gate.Unlock
+}
+
 // Excuse says that between two times what a pod was an end of did not have to be answered: its sidecar had been killed.
 func (s *Siege) Excuse(pod string, from, to time.Time) {
 	s.mu.Lock()
@@ -126,9 +138,10 @@ func (s *Siege) Excuse(pod string, from, to time.Time) {
 	s.excused = append(s.excused, span{pod, from, to})
 }
 
-func (s *Siege) isExcused(a *Attempt) bool {
+// isExcused reports whether something between two pods was excused at any time from one to another.
+func (s *Siege) isExcused(peer, pod string, from, to time.Time) bool {
 	for _, e := range s.excused {
-		if (e.pod == a.Peer || e.pod == a.Target.Pod) && a.Began.Before(e.to) && a.Ended.After(e.from) {
+		if (e.pod == peer || e.pod == pod) && from.Before(e.to) && to.After(e.from) {
 			return true
 		}
 	}
@@ -139,16 +152,20 @@ func (s *Siege) add(a Attempt) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.attempts = append(s.attempts, a)
-	s.count++
+	s.count[""]++
+	s.count[a.Peer]++
 	close(s.more)
 	s.more = make(chan struct{})
 }
 
 // Await returns when so many more attempts have ended.
-func (s *Siege) Await(ctx context.Context, n int) error {
+func (s *Siege) Await(ctx context.Context, n int) error { return s.AwaitFrom(ctx, "", n) }
+
+// AwaitFrom returns when so many more attempts of a peer have ended.
+func (s *Siege) AwaitFrom(ctx context.Context, peer string, n int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for want := s.count + n; s.count < want; {
+	for want := s.count[peer] + n; s.count[peer] < want; {
 		more := s.more
 		s.mu.Unlock()
 		select {
@@ -157,7 +174,7 @@ func (s *Siege) Await(ctx context.Context, n int) error {
 		}
 		s.mu.Lock()
 		if ctx.Err() != nil {
-			return fmt.Errorf("wait for %d more attempts: %w", want-s.count, ctx.Err())
+			return fmt.Errorf("wait for %d more attempts %s: %w", want-s.count[peer], peer, ctx.Err())
 		}
 	}
 	return nil
@@ -188,6 +205,11 @@ func (s *Siege) Judge() *Tally {
 		s.judge(t, &s.attempts[i])
 	}
 	s.attempts = nil
+	t.Echoed, s.echoed = s.echoed, 0
+	for _, b := range s.breaks {
+		s.judgeBreak(t, &b)
+	}
+	s.breaks = nil
 	if s.ctx.Err() == nil {
 		return t
 	}
@@ -195,6 +217,9 @@ func (s *Siege) Judge() *Tally {
 		if n > 0 {
 			t.complain("the app of %s accepted %d connections that nobody who was allowed to had begun", app, n)
 		}
+	}
+	for nonce := range s.streams {
+		delete(s.seen, nonce)
 	}
 	for nonce, v := range s.seen {
 		t.complain("an app saw a connection that nobody had begun, at %s from %s: %q", clock(v.At), v.From, nonce)
@@ -234,7 +259,7 @@ func (s *Siege) judge(t *Tally, a *Attempt) {
 		}
 	case Allowed:
 		t.Allowed++
-		if !answered && !s.isExcused(a) {
+		if !answered && !s.isExcused(a.Peer, a.Target.Pod, a.Began, ended) {
 			t.complain("%s: had to be answered and was not: %v (seen by the app: %v)", what, a.Err, reached)
 		}
 	case Either:
