@@ -6,16 +6,21 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 
 	"github.com/mantlet/mantlet/agent/flows"
 )
 
-// flowLog takes the flow records that an agent writes, JSON lines, and keeps those of connections that reached the app.
+// keptFlows bounds the records that wait to be asked for: whoever runs for long has connections that nobody asks about.
+const keptFlows = 4096
+
+// flowLog takes the flow records that an agent writes, JSON lines, and keeps those of the last connections that reached the app.
 type flowLog struct {
 	mu      sync.Mutex
 	partial []byte
 	byApp   map[netip.AddrPort]flows.Record // by the sidecar's own address towards the app, which is what the app sees
+	order   []netip.AddrPort                // of byApp, oldest first; some are gone
 	changed chan struct{}                   // closed at the next record
 	err     error
 }
@@ -41,12 +46,25 @@ func (f *flowLog) Write(b []byte) (int, error) {
 			continue
 		}
 		if r.Direction == flows.Inbound && r.UpstreamLocal.IsValid() {
-			f.byApp[unmap(r.UpstreamLocal)] = r
+			f.keep(unmap(r.UpstreamLocal), r)
 		}
 	}
 	close(f.changed)
 	f.changed = make(chan struct{})
 	return len(b), nil
+}
+
+func (f *flowLog) keep(seen netip.AddrPort, r flows.Record) {
+	f.byApp[seen] = r
+	f.order = append(f.order, seen)
+	if len(f.order) >= 2*keptFlows {
+		for _, old := range f.order[:keptFlows] {
+			if !slices.Contains(f.order[keptFlows:], old) { // a port comes again
+				delete(f.byApp, old)
+			}
+		}
+		f.order = append(f.order[:0], f.order[keptFlows:]...)
+	}
 }
 
 // wait returns the record of the connection that the app saw as coming from an address. A record is used once: ports come again.
