@@ -48,6 +48,15 @@ type Config struct {
 	// Forgotten is told which destinations were let go, by age or to make room, after their elements are gone: their on-demand
 	// clusters may go too. It may call the Holder. Nil: nobody is told.
 	Forgotten func(dests []netip.AddrPort)
+	// Refused is told of connections that were refused, up to 100 a second, by their ends as the app or the peer meant them. It must
+	// return at once. Nil: nobody is told.
+	Refused func(Refusal)
+}
+
+// Refusal is a connection that was refused.
+type Refusal struct {
+	Source, Destination netip.AddrPort
+	Inbound             bool // to the pod, not from it
 }
 
 // Defaults is the configuration for a pod of a cluster with these prefixes, whose Envoy runs as names.ProxyUID.

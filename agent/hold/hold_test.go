@@ -16,7 +16,10 @@ import (
 func TestFirstConnect(t *testing.T) {
 	_, arrivals := connect(t)
 	p := asker(oddPorts)
-	start(t, open(t, config(), p))
+	refusals := make(chan Refusal, 100)
+	cfg := config()
+	cfg.Refused = func(r Refusal) { refusals <- r }
+	start(t, open(t, cfg, p))
 	for _, c := range []struct{ address, want string }{
 		{"10.99.0.1:81", "10.99.0.1:81"}, {"10.99.0.1:80", refused},
 		{"[fd99::1]:81", "[fd99::1]:81"}, {"[fd99::1]:80", refused},
@@ -26,6 +29,13 @@ func TestFirstConnect(t *testing.T) {
 			at := time.Now()
 			expect(t, c.address, c.want)
 			t.Logf("%s, attempt %d: %v", c.address, i+1, time.Since(at).Round(10*time.Microsecond))
+		}
+		for range 3 {
+			if c.want == refused {
+				if r := <-refusals; r.Destination != dest(c.address) || !r.Source.IsValid() || r.Inbound {
+					t.Errorf("%s: told of %+v", c.address, r)
+				}
+			}
 		}
 		if n := p.count(dest(c.address)); n != 1 {
 			t.Errorf("%s: asked %d times", c.address, n)

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	nflog "github.com/florianl/go-nflog/v2"
@@ -25,6 +26,8 @@ type Holder struct {
 	log    *nflog.Nflog
 	// register binds the NFLOG group; tests let it fail.
 	register func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error
+
+	running atomic.Bool // Run hears of unknown destinations
 
 	failed chan error // the first failure, for Run
 	asking sync.WaitGroup
@@ -81,7 +84,13 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 		return nil, fmt.Errorf("hold: open NFLOG: %w", err)
 	}
 	h.register = l.RegisterWithErrorFunc
-	if err := shape.write(true); err != nil {
+	err = shape.write(true)
+	if errors.Is(err, unix.ENOENT) { // no logger to be had
+		h.holding = false
+		h.warnNoNFLOG(err)
+		err = shape.write(false)
+	}
+	if err != nil {
 		h.Close()
 		return nil, err
 	}
@@ -115,6 +124,8 @@ func (h *Holder) Run(ctx context.Context) error {
 	if err := h.listen(ctx); err != nil {
 		return err
 	}
+	h.running.Store(true)
+	defer h.running.Store(false)
 	h.mu.Lock()
 	sweep := time.NewTicker(h.cfg.Idle / 4)
 	h.mu.Unlock()
@@ -135,8 +146,15 @@ func (h *Holder) Run(ctx context.Context) error {
 
 // listen binds the NFLOG group, or lets SYNs to unknown destinations go on where the kernel has no NFLOG.
 func (h *Holder) listen(ctx context.Context) error {
+	if !h.Holding() {
+		return nil
+	}
 	err := h.register(ctx, func(a nflog.Attribute) int {
-		if a.Payload != nil {
+		switch {
+		case a.Payload == nil:
+		case a.Prefix != nil && strings.HasPrefix(*a.Prefix, refusedPrefix):
+			h.refused(*a.Payload, a.Hook != nil && *a.Hook == unix.NF_INET_PRE_ROUTING)
+		default:
 			h.receive(*a.Payload)
 		}
 		return 0
@@ -157,9 +175,12 @@ func (h *Holder) listen(ctx context.Context) error {
 	case !missing(err):
 		return fmt.Errorf("hold: bind NFLOG group %d: %w", h.cfg.Group, err)
 	}
-	h.logger.Warn("hold: the kernel has no NFLOG (nfnetlink_log): the first connect to a denied destination will succeed and be closed, later ones are refused",
-		"cause", err)
+	h.warnNoNFLOG(err)
 	return h.anew(false)
+}
+
+func (h *Holder) warnNoNFLOG(cause error) {
+	h.logger.Warn("hold: the kernel has no NFLOG (nfnetlink_log): connections to denied destinations inside the cluster are accepted here and then closed", "cause", cause)
 }
 
 // anew writes the table once more. Nothing is known of any destination then.
@@ -174,7 +195,7 @@ func (h *Holder) anew(holding bool) error {
 // Name, Check and Repair let netfilter.Guard look after the table: its rules, chains and sets, in the calling thread's network namespace. What
 // the sets hold it leaves alone. Whoever takes an element away has the destination asked about again, or, outside the cluster, refused until
 // the policy changes; whoever adds one lets SYNs go on to Envoy, who decides anyway.
-func (h *Holder) Name() string { return tableName }
+func (h *Holder) Name() string { return TableName }
 
 // Check fails where the table is not as it was written.
 func (h *Holder) Check() error {
@@ -190,6 +211,9 @@ func (h *Holder) Repair() error { return h.anew(h.Holding()) }
 // missing reports whether an error of binding says that the kernel has no nfnetlink_log: EINVAL for its whole subsystem. The library
 // hands on the text only.
 func missing(err error) bool { return strings.Contains(err.Error(), unix.EINVAL.Error()) }
+
+// Running reports whether Run is at it. Before and after, SYNs to unknown destinations wait.
+func (h *Holder) Running() bool { return h.running.Load() }
 
 // Holding reports whether SYNs to unknown destinations are held (true), or go on because the kernel has no NFLOG.
 func (h *Holder) Holding() bool {
@@ -213,6 +237,14 @@ func (h *Holder) fail(err error) {
 	select {
 	case h.failed <- err:
 	default:
+	}
+}
+
+// refused tells of a refused connection.
+func (h *Holder) refused(logged []byte, inbound bool) {
+	p, err := parse(logged)
+	if err == nil && h.cfg.Refused != nil {
+		h.cfg.Refused(Refusal{Source: p.source, Destination: p.dest, Inbound: inbound})
 	}
 }
 

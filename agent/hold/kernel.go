@@ -119,7 +119,7 @@ func There() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("hold: read tables: %w", err)
 	}
-	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == tableName }), nil
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), nil
 }
 
 // Remove deletes the table of the calling thread's network namespace. It is no error if there is none.
@@ -130,7 +130,7 @@ func Remove() error {
 	}
 	conn.DelTable(table())
 	if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("hold: delete table inet %s: %w", tableName, err)
+		return fmt.Errorf("hold: delete table inet %s: %w", TableName, err)
 	}
 	return nil
 }

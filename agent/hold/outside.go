@@ -75,12 +75,12 @@ type addressSet struct {
 //
 //	chain external {
 //		tcp dport 443 goto external-1-0
-//		reject with tcp reset
+//		goto refuse
 //	}
 //	chain external-1-0 {
 //		ip daddr @external-1-0-4 accept
 //		meta nfproto ipv6 accept          # where every address of the family is admitted
-//		reject with tcp reset
+//		goto refuse
 //	}
 //
 // The generation keeps the names of two versions apart, so that the older one can stay until nothing leads there any more.
@@ -108,10 +108,10 @@ func (d direction) judge(list []ruling, generation int) judging {
 				}, decide(expr.VerdictAccept)))
 			}
 		}
-		block.Rules = append(block.Rules, reset())
+		block.Rules = append(block.Rules, refuse())
 		blocks = append(blocks, block)
 	}
-	dispatch.Rules = append(dispatch.Rules, reset())
+	dispatch.Rules = append(dispatch.Rules, refuse())
 	j.chains = append([]netfilter.Chain{dispatch}, blocks...)
 	return j
 }

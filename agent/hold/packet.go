@@ -15,6 +15,7 @@ const maxSYN = 1600
 // syn is a SYN as it goes on the wire, from the IP header on.
 type syn struct {
 	packet []byte
+	source netip.AddrPort
 	dest   netip.AddrPort
 }
 
@@ -28,7 +29,7 @@ func parse(logged []byte) (syn, error) {
 	}
 	p := slices.Clone(logged)
 	var addresses, tcp []byte
-	var dst netip.Addr
+	var src, dst netip.Addr
 	switch p[0] >> 4 {
 	case 4:
 		header := int(p[0]&15) * 4
@@ -37,13 +38,13 @@ func parse(logged []byte) (syn, error) {
 			return syn{}, errNoSYN
 		}
 		addresses, tcp = p[12:20], p[header:]
-		dst = netip.AddrFrom4([4]byte(p[16:20]))
+		src, dst = netip.AddrFrom4([4]byte(p[12:16])), netip.AddrFrom4([4]byte(p[16:20]))
 	case 6:
 		if len(p) < 40 || int(binary.BigEndian.Uint16(p[4:]))+40 != len(p) || p[6] != unix.IPPROTO_TCP {
 			return syn{}, errNoSYN // with extension headers no application's socket sends one
 		}
 		addresses, tcp = p[8:40], p[40:]
-		dst = netip.AddrFrom16([16]byte(p[24:40]))
+		src, dst = netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40]))
 	default:
 		return syn{}, errNoSYN
 	}
@@ -52,7 +53,7 @@ func parse(logged []byte) (syn, error) {
 	}
 	binary.BigEndian.PutUint16(tcp[16:], 0)
 	binary.BigEndian.PutUint16(tcp[16:], checksum(addresses, tcp))
-	return syn{p, netip.AddrPortFrom(dst, binary.BigEndian.Uint16(tcp[2:]))}, nil
+	return syn{p, netip.AddrPortFrom(src, binary.BigEndian.Uint16(tcp)), netip.AddrPortFrom(dst, binary.BigEndian.Uint16(tcp[2:]))}, nil
 }
 
 // checksum is TCP's: the complement of the one's complement sum over pseudo header and segment (RFC 9293, 3.1).

@@ -16,13 +16,14 @@ import (
 	"github.com/mantlet/mantlet/xds/names"
 )
 
-const tableName = "mantlet_hold"
+// TableName is the table in the family inet.
+const TableName = "mantlet_hold"
 
 // The table comes after conntrack (-200), which so sees the app's packet, and before the redirect (-100), which changes its destination.
 const priority = -150
 
 func table() *nftables.Table {
-	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+	return &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}
 }
 
 // family is what differs between IPv4 and IPv6.
@@ -74,19 +75,23 @@ func newSets(c Config) (s [2]sets) {
 //		meta skuid 15150 accept
 //		meta mark 0x6d74 accept
 //		oifname "lo" accept
-//		tcp dport 15001 reject with tcp reset   # Envoy's own port: nobody gets anywhere from there
+//		tcp dport 15001 goto refuse   # Envoy's own port: nobody gets anywhere from there
 //		ip daddr 192.0.2.10 accept
 //		ip daddr 10.0.0.0/8 goto cluster4
 //		goto external
 //	}
 //	chain cluster4 {
-//		ip daddr . tcp dport @denied4 reject with tcp reset
+//		ip daddr . tcp dport @denied4 goto refuse
 //		ip daddr . tcp dport @allowed4 update @used4 { ip daddr . tcp dport }
 //		ip daddr . tcp dport @allowed4 accept
 //		meta mark 0x6d75 drop
-//		limit rate over 1024/second burst 1024 packets reject with tcp reset
+//		limit rate over 1024/second burst 1024 packets goto refuse
 //		log group 15001 queue-threshold 1
 //		drop
+//	}
+//	chain refuse {
+//		limit rate 100/second burst 100 packets log prefix "refused" group 15001 queue-threshold 1
+//		reject with tcp reset
 //	}
 //	chain prerouting { type filter hook prerouting priority -150; policy accept;
 //		meta l4proto != tcp accept
@@ -111,7 +116,7 @@ func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
 	output.Rules = append(output.Rules,
 		rule(meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(c.ProxyMark)), pass),
 		rule(meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, lo), pass),
-		rule(toPorts(verdict.PortRange{First: names.OutboundPort, Last: names.OutboundPort}), reset()))
+		rule(toPorts(verdict.PortRange{First: names.OutboundPort, Last: names.OutboundPort}), refuse()))
 	prerouting.Rules = append(prerouting.Rules, rule(meta(expr.MetaKeyIIFNAME, expr.CmpOpEq, lo), pass))
 	for _, a := range c.Exempt {
 		a = a.Unmap()
@@ -129,20 +134,43 @@ func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
 	}
 	output.Rules = append(output.Rules, jump(external.dispatch().Chain))
 	prerouting.Rules = append(prerouting.Rules, jump(inbound.dispatch().Chain))
-	return append(list, cluster...)
+	return append(append(list, cluster...), refusing(c, holding))
 }
+
+// refusing is the chain that ends a connection, and says so: to the app or the peer by a RST, which it sees as ECONNREFUSED, and to the
+// agent by NFLOG, not more often than is of use.
+func refusing(c Config, holding bool) netfilter.Chain {
+	chain := refuseChain()
+	if holding { // there is an NFLOG
+		chain.Rules = append(chain.Rules, rule(limit(refusalsLogged, false), []expr.Any{&expr.Log{
+			Key: 1<<unix.NFTA_LOG_GROUP | 1<<unix.NFTA_LOG_QTHRESHOLD | 1<<unix.NFTA_LOG_PREFIX, Group: c.Group, QThreshold: 1, Data: []byte(refusedPrefix)}}))
+	}
+	chain.Rules = append(chain.Rules, []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}})
+	return chain
+}
+
+const (
+	refusedPrefix  = "refused" // tells the packets of that chain from those that are asked about
+	refusalsLogged = 100       // a second
+)
+
+func refuseChain() netfilter.Chain {
+	return netfilter.Chain{Chain: &nftables.Chain{Name: "refuse", Table: table()}}
+}
+
+func refuse() []expr.Any { return jump(refuseChain().Chain) }
 
 // held is the chain for destinations inside the cluster.
 func (f family) held(c Config, s sets, holding bool) netfilter.Chain {
 	chain := netfilter.Chain{Chain: &nftables.Chain{Name: "cluster" + f.name, Table: table()}}
 	chain.Rules = [][]expr.Any{
-		rule(f.in(s.denied), reset()),
+		rule(f.in(s.denied), refuse()),
 		rule(f.in(s.allowed), f.note(s.used, c.Idle)),
 		rule(f.in(s.allowed), decide(expr.VerdictAccept)),
 		rule(meta(expr.MetaKeyMARK, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(Mark)), decide(expr.VerdictDrop)),
 	}
 	if holding { // else on to Envoy
-		chain.Rules = append(chain.Rules, rule(over(c.Rate), reset()), log(c.Group), decide(expr.VerdictDrop))
+		chain.Rules = append(chain.Rules, rule(over(c.Rate), refuse()), log(c.Group), decide(expr.VerdictDrop))
 	}
 	return chain
 }
@@ -164,11 +192,11 @@ func jump(c *nftables.Chain) []expr.Any {
 
 func decide(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
 
-// reset answers with a RST, which the app sees as ECONNREFUSED.
-func reset() []expr.Any { return []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}} }
+func over(rate uint32) []expr.Any { return limit(rate, true) }
 
-func over(rate uint32) []expr.Any {
-	return []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(rate), Unit: expr.LimitTimeSecond, Burst: rate, Over: true}}
+// limit matches packets up to a rate, or those over it.
+func limit(rate uint32, above bool) []expr.Any { //nolint:revive // the kernel's own flag
+	return []expr.Any{&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(rate), Unit: expr.LimitTimeSecond, Burst: rate, Over: above}}
 }
 
 // log sends the packet to NFLOG at once: without a threshold of 1 the kernel gathers packets for a second.

@@ -44,6 +44,18 @@ func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
 		{direction: external, rulings: rulings(&c.External)}, {direction: inbound, rulings: rulings(&c.Inbound)}}}, nil
 }
 
+// Shut writes the table so that all of the app's connections are refused, and all from outside: for the time before a Holder can be opened. Of
+// the configuration only ProxyMark and UIDs count.
+func Shut(c Config) error {
+	c.Cluster, c.Exempt, c.External, c.Inbound = nil, nil, verdict.Table{}, verdict.Table{}
+	s, err := newShape(c, newSets(c), slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return s.write(true)
+}
+
 func (s *shape) close() { _ = s.conn.CloseLasting() }
 
 // write writes the table, without any verdict on destinations inside the cluster, in one transaction and in place of any that is there.
@@ -63,7 +75,7 @@ func (s *shape) write(holding bool) error {
 		err = s.writeAll()
 	}
 	if err != nil {
-		return fmt.Errorf("hold: write table inet %s (needs CAP_NET_ADMIN and nf_tables with reject, since Linux 5.9 also in prerouting, and log): %w", tableName, err)
+		return fmt.Errorf("hold: write table inet %s (needs CAP_NET_ADMIN and nf_tables with reject, since Linux 5.9 also in prerouting, and log): %w", TableName, err)
 	}
 	return nil
 }
@@ -185,7 +197,7 @@ func addRules(conn *nftables.Conn, chains []netfilter.Chain) {
 func (s *shape) check() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := netfilter.Layout{Table: tableName, Chains: s.chains()}
+	l := netfilter.Layout{Table: TableName, Chains: s.chains()}
 	for _, f := range s.sets {
 		l.Sets = append(l.Sets, f.allowed.Name, f.denied.Name, f.used.Name)
 	}
