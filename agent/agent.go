@@ -38,6 +38,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := shut(cfg.hold()); err != nil { // before the redirect: nothing is accepted here that is not known to be allowed
+		return err
+	}
 	if err := redirect.Apply(); err != nil { // before all else: closed from here on
 		return err
 	}
@@ -62,6 +65,7 @@ type agent struct {
 	relay     *relay.Relay
 	verdicts  *verdicts.Holder
 	packets   *packets
+	hold      *synHold
 	sds       *sds.Server
 	identity  *ownIdentity
 	flows     *flows.Receiver
@@ -114,7 +118,11 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	}
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
 	a.verdicts = verdicts.New()
-	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.verdicts.Apply})
+	held := cfg.hold()
+	held.Refused = a.refused
+	a.hold = newSynHold(held, envoyKnows{}, a.verdicts, cfg.Logger)
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypeNetwork, Name: names.Network, Apply: a.hold.applyNetwork})
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.hold.applyVerdicts})
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.packets.Apply})
 	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
 	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
@@ -137,7 +145,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 		return nil, err
 	}
 	a.readiness = &readiness{
-		redirect: redirect, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.packets, identity: a.identity.missing,
+		tables: []table{redirect, a.hold}, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.packets, identity: a.identity.missing,
 		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping,
 	}
 	return a, nil
@@ -198,8 +206,9 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return named("status socket", probes.Serve(a.statusSocket)) })
 	parts.Go(func() error { return a.source.Run(rest) })
 	parts.Go(func() error { a.identity.follow(rest); return nil })
-	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect) })
 	parts.Go(func() error { a.revoker.Run(rest); return nil })
+	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect, heldTable{a.hold}) })
+	parts.Go(func() error { return a.hold.run(rest) })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {
 		<-failed.Done()

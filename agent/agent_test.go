@@ -18,6 +18,7 @@ import (
 
 	"github.com/mantlet/mantlet/agent/envoy"
 	"github.com/mantlet/mantlet/agent/flows"
+	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/agent/podtest"
@@ -28,7 +29,7 @@ func cleanRedirect(t *testing.T) {
 	t.Helper()
 	r, err := netfilter.New(netfilter.ByMark(), slog.New(slog.DiscardHandler))
 	if err == nil {
-		err = errors.Join(r.Remove(), packet.Remove())
+		err = errors.Join(r.Remove(), packet.Remove(), hold.Remove())
 	}
 	if err != nil {
 		t.Error(err)
@@ -80,7 +81,7 @@ func TestLife(t *testing.T) {
 	t.Run("inbound without an identity", func(t *testing.T) {
 		var c net.Conn
 		var err error
-		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:8080") })
+		w.outside.Do(func() { c, err = apiDialer("10.99.0.2:8080").Dial("tcp", "10.99.0.2:8080") })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -115,7 +116,7 @@ func TestLife(t *testing.T) {
 	t.Run("inbound without a certificate", func(t *testing.T) {
 		var c net.Conn
 		var err error
-		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:8080") })
+		w.outside.Do(func() { c, err = apiDialer("10.99.0.2:8080").Dial("tcp", "10.99.0.2:8080") })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -138,7 +139,7 @@ func TestLife(t *testing.T) {
 	t.Run("inbound to the capture port", func(t *testing.T) {
 		var c net.Conn
 		var err error
-		w.outside.Do(func() { c, err = net.Dial("tcp", "10.99.0.2:15006") })
+		w.outside.Do(func() { c, err = apiDialer("10.99.0.2:15006").Dial("tcp", "10.99.0.2:15006") })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,16 +194,33 @@ func TestLife(t *testing.T) {
 	})
 
 	t.Run("outbound denied", func(t *testing.T) {
-		c, err := dial(t, "10.99.0.1:9091")
-		if err != nil {
-			t.Fatal(err)
+		for _, address := range []string{"10.99.0.1:9091", "[fd99::1]:9091"} {
+			if _, err := dial(t, address); !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%s: %v, not refused", address, err)
+			}
+			r := w.record("the denied destination", func(r flows.Record) bool { return r.Destination.String() == address })
+			if r.Verdict != flows.Denied || r.Direction != flows.Outbound || r.Log != names.LogHold || r.Self == "" || !r.Source.IsValid() {
+				t.Errorf("record: %+v", r)
+			}
 		}
-		if got := greeted(t, c); got != "" {
-			t.Errorf("got %q", got)
-		}
-		r := w.record("the denied destination", func(r flows.Record) bool { return r.Destination.Port() == 9091 })
-		if r.Verdict != flows.Denied || r.Direction != flows.Outbound {
-			t.Errorf("record: %+v", r)
+	})
+
+	t.Run("inbound from outside the cluster", func(t *testing.T) {
+		for _, address := range []string{"10.99.0.2:8080", "[fd99::2]:8080"} {
+			var err error
+			w.outside.Do(func() {
+				var c net.Conn
+				if c, err = net.Dial("tcp", address); err == nil {
+					c.Close()
+				}
+			})
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("%s: %v, not refused", address, err)
+			}
+			r := w.record("the refusal", func(r flows.Record) bool { return r.Log == names.LogHold && r.Destination.String() == address })
+			if r.Verdict != flows.Denied || r.Direction != flows.Inbound || !r.Source.IsValid() {
+				t.Errorf("record: %+v", r)
+			}
 		}
 	})
 

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/mantlet/mantlet/agent/envoy"
+	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
 )
 
@@ -33,6 +34,8 @@ type Config struct {
 	SessionBound time.Duration          // how long TLS sessions may be resumed, and an expired certificate with them; 0: sds.SessionBound
 	EnvoyLog     io.Writer              // Envoy's log; nil: thrown away
 	Logger       *slog.Logger
+
+	tuneHold func(*hold.Config) // for tests that cannot wait for what is slow on purpose; nil: hold.Defaults
 }
 
 // AgentSocket is the path of the socket for Envoy in a run directory.
@@ -89,4 +92,16 @@ func (c *Config) redirect() (netfilter.Config, error) {
 		return netfilter.ByMark(), nil
 	}
 	return netfilter.Config{}, fmt.Errorf("exempt %q: not %s or %s", string(c.Exempt), envoy.OwnUser, envoy.SharedUser)
+}
+
+// hold is the SYN hold's configuration, but for what the control plane says.
+func (c *Config) hold() hold.Config {
+	h := hold.Defaults()
+	if c.Exempt == envoy.SharedUser {
+		h.UIDs = nil // Envoy's sockets carry the mark
+	}
+	if c.tuneHold != nil {
+		c.tuneHold(&h)
+	}
+	return h
 }

@@ -13,7 +13,7 @@ import (
 
 // readiness knows whether the pod is enforced: everything that it takes is there at this moment.
 type readiness struct {
-	redirect interface{ Check() error }
+	tables   []table // in the kernel
 	source   svid.Source
 	ledger   ledger
 	verdicts decided
@@ -29,6 +29,9 @@ type decided interface {
 	Missing() string // why there is none, or ""
 	Changed() <-chan struct{}
 }
+
+// table is one that has to be in place.
+type table interface{ Check() error }
 
 // ledger knows what Envoy holds; *relay.Ledger is one.
 type ledger interface {
@@ -52,9 +55,11 @@ func (r *readiness) state() state {
 		return s
 	default:
 	}
-	if err := r.redirect.Check(); err != nil { // whoever guards the redirect is about to write it again
-		s.missing = append(s.missing, err.Error())
-		s.quiet = true
+	for _, t := range r.tables {
+		if err := t.Check(); err != nil { // whoever guards the table is about to write it again
+			s.missing = append(s.missing, err.Error())
+			s.quiet = true
+		}
 	}
 	if _, err := r.source.GetX509SVID(); err != nil {
 		s.missing = append(s.missing, err.Error())

@@ -89,7 +89,7 @@ func TestMissing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
 			r := &readiness{
-				redirect: p, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, identity: func() string { return p.identity },
+				tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, identity: func() string { return p.identity },
 				trouble: func() string { return "no control plane" }, envoy: running(os.Getuid()),
 			}
 			tt.change(r, p)

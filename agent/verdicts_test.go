@@ -2,10 +2,12 @@ package agent
 
 import (
 	"errors"
+	"net/netip"
 	"strings"
 	"testing"
 
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
+	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds/names"
 	"github.com/mantlet/mantlet/xds/server"
 )
@@ -58,7 +60,11 @@ func TestVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	unreadable, err := server.NewSet(r, packets)
+	network, err := server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unreadable, err := server.NewSet(r, packets, network)
 	if err != nil {
 		t.Fatal(err)
 	}

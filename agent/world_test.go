@@ -73,6 +73,7 @@ func newWorld(t *testing.T) *world {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
 	w := &world{t: t, outside: podtest.Connect(t), td: spiffeid.RequireTrustDomainFromString("td.example"),
 		minter: attest.NewMinter(attest.MinterConfig{}), log: newLines(), flows: newLines()}
+	elsewhere(t, w.outside)
 	var err error
 	if w.ca, err = ca.New(ca.Config{TrustDomain: w.td}); err != nil {
 		t.Fatal(err)
@@ -282,7 +283,7 @@ func (w *world) peer(address string) (net.Conn, error) {
 	cfg := tlsconfig.MTLSClientConfig(svid, w.ca, tlsconfig.AuthorizeMemberOf(w.td))
 	cfg.NextProtos = []string{names.ALPN}
 	var conn net.Conn
-	w.outside.Do(func() { conn, err = net.DialTimeout("tcp", address, patience) })
+	w.outside.Do(func() { conn, err = apiDialer(address).Dial("tcp", address) })
 	if err != nil {
 		return nil, err
 	}

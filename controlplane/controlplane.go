@@ -43,8 +43,8 @@ type ControlPlane struct {
 	hashes   map[string]string    // of the verdicts that are in force, by subject key
 	rendered map[string]*rendered // by subject key; only of subjects with sidecars
 	packets  packets
-	inbound  map[string]*server.Resource
-	static   []*server.Resource // clusters, the same for everybody
+	nodes    map[string]nodeResources // by node addresses
+	static   []*server.Resource       // clusters, the same for everybody
 	demand   demand
 	loaded   bool // objects are complete: nothing is published before
 }
@@ -77,7 +77,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		hashes:   map[string]string{},
 		rendered: map[string]*rendered{},
 		packets:  packets{},
-		inbound:  map[string]*server.Resource{},
+		nodes:    map[string]nodeResources{},
 		demand:   newDemand(),
 	}
 	for _, cl := range xds.Clusters() {
@@ -283,7 +283,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if is, ok := r.sets[node]; ok && is.packets == packets {
 		return is.set, nil
 	}
-	inbound, err := cp.inboundFor(node, p.NodeIPs)
+	own, err := cp.forNode(node, p.NodeIPs)
 	if err != nil {
 		return server.Set{}, err
 	}
@@ -291,7 +291,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, r.verdicts, packets, inbound, outbound)...)
+	set, err := server.NewSet(append(slices.Clone(cp.static), r.gate, r.rbac, r.verdicts, packets, own.inbound, own.network, outbound)...)
 	if err != nil {
 		return server.Set{}, err
 	}
@@ -299,15 +299,22 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	return set, nil
 }
 
-func (cp *ControlPlane) inboundFor(node string, addrs []netip.Addr) (*server.Resource, error) {
-	if r, ok := cp.inbound[node]; ok {
+// nodeResources are what depends on a pod's node and on nothing else.
+type nodeResources struct{ inbound, network *server.Resource }
+
+func (cp *ControlPlane) forNode(node string, addrs []netip.Addr) (nodeResources, error) {
+	if r, ok := cp.nodes[node]; ok {
 		return r, nil
 	}
-	r, err := resource(xds.Inbound(addrs, cp.sessions))
-	if err != nil {
-		return nil, err
+	var r nodeResources
+	var err error
+	if r.inbound, err = resource(xds.Inbound(addrs, cp.sessions)); err != nil {
+		return r, err
 	}
-	cp.inbound[node] = r
+	if r.network, err = server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: cp.cluster, Node: addrs})); err != nil {
+		return r, err
+	}
+	cp.nodes[node] = r
 	return r, nil
 }
 

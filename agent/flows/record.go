@@ -39,7 +39,7 @@ const (
 // Record is one connection. Its JSON form is stable: fields may be added, none is renamed, and what is absent was not known.
 type Record struct {
 	Time      time.Time `json:"time"`      // when the connection began
-	Log       string    `json:"log"`       // which of Envoy's logs told of it: a names.Log…
+	Log       string    `json:"log"`       // which log told of it: a names.Log…
 	Direction Direction `json:"direction"` // as the pod sees it
 	Verdict   Verdict   `json:"verdict"`
 	// Self is the SPIFFE ID of the pod that writes the record.

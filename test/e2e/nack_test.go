@@ -33,6 +33,7 @@ type published struct {
 	inbound, gate, outbound *listenerv3.Listener
 	rbac                    *corev3.TypedExtensionConfig
 	verdicts                *mantletv1.Verdicts
+	network                 *mantletv1.Network
 }
 
 // publishedFor makes what the control plane made for a pod.
@@ -49,7 +50,8 @@ func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	v := index.Verdicts(p.Subject.Key)
 	var cluster []netip.Prefix
 	cluster = append(append(cluster, m.PodNetwork...), m.ServiceNetwork...)
-	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v)}
+	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v),
+		wire.NetworkMessage(wire.Network{Cluster: cluster, Node: p.NodeIPs})}
 }
 
 // set makes the set to publish.
@@ -71,6 +73,7 @@ func (p published) set(t *testing.T) server.Set {
 	}
 	add(p.rbac.Name, p.rbac)
 	add(names.Verdicts, p.verdicts)
+	add(names.Network, p.network)
 	set, err := server.NewSet(all...)
 	if err != nil {
 		t.Fatal(err)

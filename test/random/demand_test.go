@@ -161,6 +161,7 @@ func connect(t *testing.T, conn *grpc.ClientConn, name string) *sidecar {
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: server.ExtensionType, ResourceNamesSubscribe: []string{names.RBAC}})
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: names.TypeVerdicts, ResourceNamesSubscribe: []string{names.Verdicts}})
 	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: names.TypePackets, ResourceNamesSubscribe: []string{names.Packets}})
+	sc.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: names.TypeNetwork, ResourceNamesSubscribe: []string{names.Network}})
 	go sc.receive(t)
 	return sc
 }

@@ -68,17 +68,24 @@ const (
 	TypePackets = "type.googleapis.com/mantlet.v1.Packets"
 )
 
+// Network, of type TypeNetwork (message Network in api/mantlet/v1), tells the agent what is the cluster and what is its node.
+const (
+	Network     = "network"
+	TypeNetwork = "type.googleapis.com/mantlet.v1.Network"
+)
+
 // SDS secrets, served by the agent.
 const (
 	SecretWorkload = "workload" // the pod's X.509-SVID and key
 	SecretBundle   = "bundle"   // the trust bundle, with Envoy's SPIFFE certificate validator
 )
 
-// Access log names (log_name of Envoy's TcpGrpcAccessLogConfig).
+// Access log names (log_name of Envoy's TcpGrpcAccessLogConfig), and LogHold, which is the agent's own.
 const (
 	LogGate     = "gate"     // the verdicts at this pod: who came, from where, to what, and whether it was let in
 	LogInbound  = "inbound"  // connections that end before the gate: TLS failures, own node, capture port
 	LogOutbound = "outbound" // connections of this pod's apps
+	LogHold     = "hold"     // connections that were refused at their first packet, in both directions; of very many only some
 	LogOpen     = "open"     // what reaches an app or the outside, at once when it does, and again when it ends
 )
 

@@ -1,0 +1,71 @@
+package wire
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"google.golang.org/protobuf/proto"
+
+	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
+)
+
+// Network is what an agent has to know of the network around its pod. Its addresses are never IPv4-mapped ones.
+type Network struct {
+	Cluster []netip.Prefix // where sidecars find each other: pods and Services
+	Node    []netip.Addr   // the pod's own
+}
+
+// NetworkMessage returns the message that stands for a Network.
+func NetworkMessage(n Network) *mantletv1.Network {
+	m := new(mantletv1.Network)
+	for _, p := range n.Cluster {
+		p = p.Masked()
+		m.Cluster = append(m.Cluster, &mantletv1.Prefix{Address: p.Addr().AsSlice(), Bits: uint32(p.Bits())})
+	}
+	for _, a := range n.Node {
+		m.Node = append(m.Node, a.AsSlice())
+	}
+	return m
+}
+
+// UnmarshalNetwork reads the message. A network without cluster prefixes is refused: every destination would count as one outside.
+func UnmarshalNetwork(b []byte) (n Network, err error) {
+	m := new(mantletv1.Network)
+	if err := proto.Unmarshal(b, m); err != nil {
+		return n, fmt.Errorf("network: not the message: %w", err)
+	}
+	if len(m.Cluster) == 0 {
+		return n, errors.New("network: no cluster prefixes")
+	}
+	for i, p := range m.Cluster {
+		addr, err := address(p.GetAddress())
+		if err != nil {
+			return n, fmt.Errorf("network: cluster[%d]: %w", i, err)
+		}
+		prefix := netip.PrefixFrom(addr, int(min(p.Bits, 1000)))
+		if !prefix.IsValid() || prefix != prefix.Masked() {
+			return n, fmt.Errorf("network: cluster[%d]: %s/%d is not a masked prefix", i, addr, p.Bits)
+		}
+		n.Cluster = append(n.Cluster, prefix)
+	}
+	for i, b := range m.Node {
+		addr, err := address(b)
+		if err != nil {
+			return n, fmt.Errorf("network: node[%d]: %w", i, err)
+		}
+		n.Node = append(n.Node, addr)
+	}
+	if !proto.Equal(NetworkMessage(n), m) {
+		return n, errors.New("network: a field that is not known")
+	}
+	return n, nil
+}
+
+func address(b []byte) (netip.Addr, error) {
+	a, ok := netip.AddrFromSlice(b)
+	if !ok || a.Is4In6() {
+		return a, fmt.Errorf("%x is no address", b)
+	}
+	return a, nil
+}
