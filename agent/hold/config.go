@@ -63,7 +63,7 @@ type Refusal struct {
 func Defaults(cluster ...netip.Prefix) Config {
 	return Config{
 		Cluster: cluster, ProxyMark: names.ProxyMark, UIDs: []uint32{names.ProxyUID}, Group: 15001,
-		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 1024, MaxHeld: 2048, MaxAllowed: 1024, MaxDenied: 4096, MaxOutside: 20_000,
+		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 512, MaxHeld: 2048, MaxAllowed: 1024, MaxDenied: 2048, MaxOutside: 20_000,
 		Idle: 5 * time.Minute, ErrorTTL: 2 * time.Second,
 	}
 }
