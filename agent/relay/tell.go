@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// tellPatience is how long the relay waits until a denial has been told.
+// tellPatience is how long the relay waits until changes have been told.
 const tellPatience = time.Second
 
 // teller tells changes of answers in a goroutine of its own, so that whoever is told cannot hold up Envoy for long.
@@ -27,18 +27,17 @@ func newTeller(logger *slog.Logger) *teller {
 	return &teller{logger: logger, some: make(chan struct{}, 1), pending: map[netip.AddrPort]bool{}, told: make(chan struct{})}
 }
 
-// hand has changes told. It returns when denials among them have been, or when that takes too long.
+// hand has changes told. It returns when they have been, or when that takes too long: Envoy hears of a denial, and the control plane that an
+// admission is in force, only after that.
 func (t *teller) hand(ctx context.Context, news map[netip.AddrPort]bool) {
 	t.mu.Lock()
-	denies := false
 	for dest, allowed := range news {
 		t.pending[dest] = allowed
-		denies = denies || !allowed
 	}
 	told, late := t.told, t.late
 	t.mu.Unlock()
 	poke(t.some)
-	if !denies || late {
+	if late {
 		return
 	}
 	timer := time.NewTimer(tellPatience)
@@ -47,7 +46,7 @@ func (t *teller) hand(ctx context.Context, news map[netip.AddrPort]bool) {
 	case <-told:
 	case <-ctx.Done():
 	case <-timer.C:
-		t.logger.Warn("relay: a denial is not taken note of in time; envoy is told without waiting longer", "patience", tellPatience)
+		t.logger.Warn("relay: changed answers are not taken note of in time; going on without waiting longer", "patience", tellPatience)
 		t.mu.Lock()
 		t.late = true
 		t.mu.Unlock()
