@@ -120,7 +120,8 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	a.verdicts = verdicts.New()
 	held := cfg.hold()
 	held.Refused = a.refused
-	a.hold = newSynHold(held, envoyKnows{}, a.verdicts, cfg.Logger)
+	a.hold = newSynHold(held, a.relay, a.verdicts, cfg.Logger)
+	a.relay.OnDestinations(a.hold.flip)
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypeNetwork, Name: names.Network, Apply: a.hold.applyNetwork})
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.hold.applyVerdicts})
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.packets.Apply})
