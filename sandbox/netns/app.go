@@ -58,9 +58,20 @@ func (a *app) handle(ctx context.Context, r request) {
 		}()
 	case r.Connections != nil:
 		a.reply(reply{ID: r.ID, Connections: a.server.connections()})
+	case r.Arrivals != nil:
+		a.arrivals(r.ID)
 	case r.Cancel != nil:
 		a.cancel(r.Cancel.ID)
 	}
+}
+
+func (a *app) arrivals(id int64) {
+	got, err := a.server.arrivals()
+	if err != nil {
+		a.reply(reply{ID: id, Error: err.Error()})
+		return
+	}
+	a.reply(reply{ID: id, Arrivals: got})
 }
 
 func (a *app) cancel(id int64) {

@@ -22,6 +22,15 @@
 //
 // Neighbours are permanent entries on both sides: no ARP or ND traffic, and no share of the machine-wide neighbour table limit.
 //
+// # Datagrams
+//
+// Nobody says that a datagram was dropped. So each carries a nonce of its own, the probe servers write down what they receive, and Fence
+// returns when nothing is on its way any more: what is not among Pod.Arrivals then was dropped, however busy the machine.
+//
+//	outcomes, err := from.Probe(ctx, targets)   // Protocol: UDP
+//	err = network.Fence(ctx)
+//	arrivals, err := to.Arrivals(ctx)
+//
 // # Use
 //
 // main calls Dispatch first. The command then does

@@ -173,6 +173,19 @@ func (h *host) Connections(ctx context.Context) ([]Connections, error) {
 	return got.Connections, nil
 }
 
+// Arrivals returns the datagrams of probes that have reached the probe server since it was last asked. What is still on its way is not
+// among them: see Network.Fence.
+func (h *host) Arrivals(ctx context.Context) (*Arrivals, error) {
+	got, err := h.call(ctx, request{Arrivals: &struct{}{}})
+	if err != nil {
+		return nil, fmt.Errorf("ask %s for its datagrams: %w", h.name, err)
+	}
+	if got.Arrivals == nil {
+		return nil, fmt.Errorf("ask %s for its datagrams: no answer", h.name)
+	}
+	return got.Arrivals, nil
+}
+
 // end kills what runs in the host and waits for it.
 func (h *host) end() {
 	h.processes.end()

@@ -19,7 +19,8 @@ type Config struct {
 	Node4, Node6 netip.Addr
 	// ProbeTimeout bounds a try that has no timeout of its own. Zero: 5 s.
 	ProbeTimeout time.Duration
-	// ProbesInFlight is how many targets one Probe tries at a time. Zero: 64.
+	// ProbesInFlight is how many TCP targets one Probe tries at a time. Zero: 64. Datagrams cost nothing while they wait for an answer:
+	// of UDP targets it is datagramsInFlight.
 	ProbesInFlight int
 	// Logger hears of details. Nil: nobody.
 	Logger *slog.Logger
@@ -149,6 +150,9 @@ func (n *Network) probeRequest(targets []Target) (*probeRequest, error) {
 		}
 		if t.Speaks != ClientFirst && t.Speaks != ServerFirst {
 			return nil, fmt.Errorf("probe %s: say who speaks first (%q)", t.Addr, t.Speaks)
+		}
+		if err := t.checkDatagrams(); err != nil {
+			return nil, fmt.Errorf("probe %s: %w", t.Addr, err)
 		}
 	}
 	return &probeRequest{Targets: targets, InFlight: n.config.ProbesInFlight, Timeout: n.config.ProbeTimeout}, nil

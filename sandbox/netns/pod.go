@@ -46,17 +46,26 @@ func (s PodSpec) check() error {
 			return fmt.Errorf("address %q: give a unicast IPv4 or IPv6 address", ip)
 		}
 	}
-	seen := map[uint16]bool{}
+	type port struct {
+		number   uint16
+		protocol Protocol
+	}
+	seen := map[port]bool{}
 	for _, p := range s.Ports {
+		key := port{p.Number, p.Protocol.orTCP()}
 		switch {
 		case p.Number == 0:
 			return errors.New("port 0: give a number from 1 to 65535")
-		case seen[p.Number]:
+		case key.protocol != TCP && key.protocol != UDP:
+			return fmt.Errorf("port %d: protocol %d: only TCP and UDP", p.Number, p.Protocol)
+		case seen[key]:
 			return fmt.Errorf("port %d is given twice", p.Number)
 		case p.Speaks != ClientFirst && p.Speaks != ServerFirst:
 			return fmt.Errorf("port %d: say who speaks first (%q)", p.Number, p.Speaks)
+		case key.protocol == UDP && p.Speaks != ClientFirst:
+			return fmt.Errorf("port %d: a UDP server cannot speak first", p.Number)
 		}
-		seen[p.Number] = true
+		seen[key] = true
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -17,17 +18,39 @@ import (
 
 // server is the probe server of a pod: it answers on its ports and counts who came.
 type server struct {
-	name string
+	name    string
+	sockets []*datagramSocket
 
-	mu    sync.Mutex
-	count map[Connections]int // keys have Count 0
+	mu      sync.Mutex
+	count   map[Connections]int // keys have Count 0
+	dropped int                 // by the kernel, when it was last asked
 }
 
 // serve listens on every port, or on none and fails. It serves until the process ends.
 func serve(ctx context.Context, r *serveRequest) (*server, error) {
 	s := &server{name: r.Name, count: map[Connections]int{}}
-	listeners := make([]net.Listener, 0, len(r.Ports))
+	var streams []Port
 	for _, p := range r.Ports {
+		if p.Protocol == UDP {
+			if err := s.receive(ctx, p); err != nil {
+				return nil, errors.Join(fmt.Errorf("listen on UDP port %d: %w", p.Number, err), s.closeSockets())
+			}
+		} else {
+			streams = append(streams, p)
+		}
+	}
+	if err := s.listen(ctx, streams); err != nil {
+		return nil, errors.Join(err, s.closeSockets())
+	}
+	for _, d := range s.sockets {
+		go d.serve()
+	}
+	return s, nil
+}
+
+func (s *server) listen(ctx context.Context, ports []Port) error {
+	listeners := make([]net.Listener, 0, len(ports))
+	for _, p := range ports {
 		var config net.ListenConfig
 		config.SetMultipathTCP(false) // an ordinary app
 		host := ""
@@ -39,14 +62,14 @@ func serve(ctx context.Context, r *serveRequest) (*server, error) {
 			for _, open := range listeners {
 				_ = open.Close()
 			}
-			return nil, fmt.Errorf("listen on port %d: %w", p.Number, err)
+			return fmt.Errorf("listen on port %d: %w", p.Number, err)
 		}
 		listeners = append(listeners, l)
 	}
 	for i, l := range listeners {
-		go s.accept(l, r.Ports[i])
+		go s.accept(l, ports[i])
 	}
-	return s, nil
+	return nil
 }
 
 func (s *server) accept(l net.Listener, p Port) {

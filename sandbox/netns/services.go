@@ -14,14 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Protocol of a Service port, by its number.
+// Protocol of a port, by its number.
 type Protocol uint8
 
-// The protocols that a Service can have.
+// The protocols that the sandbox's network carries.
 const (
 	TCP Protocol = unix.IPPROTO_TCP
 	UDP Protocol = unix.IPPROTO_UDP
 )
+
+// orTCP is TCP where none is named, as in the Kubernetes API.
+func (p Protocol) orTCP() Protocol {
+	if p == 0 {
+		return TCP
+	}
+	return p
+}
 
 // Service is one port of a ClusterIP, and where connections to it go.
 type Service struct {

@@ -17,24 +17,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tryAll tries targets, so many at a time, from the network namespace of the process.
+// tryAll tries targets, so many at a time of each protocol, from the network namespace of the process.
 func tryAll(ctx context.Context, r *probeRequest) []Outcome {
 	outcomes := make([]Outcome, len(r.Targets))
+	var streams, datagrams []int
+	for i, t := range r.Targets {
+		if t.Protocol == UDP {
+			datagrams = append(datagrams, i)
+		} else {
+			streams = append(streams, i)
+		}
+	}
+	var both sync.WaitGroup
+	both.Go(func() {
+		each(streams, r.InFlight, func(i int) { outcomes[i] = try(ctx, r.Targets[i], r.Timeout) })
+	})
+	both.Go(func() {
+		each(datagrams, datagramsInFlight, func(i int) { outcomes[i] = tryDatagram(ctx, r.Targets[i], r.Timeout) })
+	})
+	both.Wait()
+	return outcomes
+}
+
+// each calls f of every index, so many at a time, and waits for all.
+func each(indices []int, inFlight int, f func(int)) {
 	next := make(chan int)
 	var workers sync.WaitGroup
-	for range min(r.InFlight, len(r.Targets)) {
+	for range min(inFlight, len(indices)) {
 		workers.Go(func() {
 			for i := range next {
-				outcomes[i] = try(ctx, r.Targets[i], r.Timeout)
+				f(i)
 			}
 		})
 	}
-	for i := range r.Targets {
+	for _, i := range indices {
 		next <- i
 	}
 	close(next)
 	workers.Wait()
-	return outcomes
 }
 
 // try connects, says its line if it has to, and waits for an answer.
