@@ -5,7 +5,6 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/sandbox/matrix"
-	"github.com/mantlet/mantlet/verdict"
 )
 
 // The manifests may place pods on many nodes; here all of them share one. A sidecar balances for the node that its pod is on, so that
@@ -14,10 +13,10 @@ import (
 // behind lists the endpoints that may answer an attempt to a service.
 func (s *Sandbox) behind(a matrix.Attempt) []policy.Endpoint {
 	if p, _ := s.index.Pod(a.From); p.Sidecar {
-		d, _ := s.index.DestinationFor(a.From, verdict.TCP, a.Addr)
+		d, _ := s.index.DestinationFor(a.From, a.Protocol, a.Addr)
 		return s.index.Admitted(a.From, d)
 	}
-	d, _ := s.index.Destination(verdict.TCP, a.Addr)
+	d, _ := s.index.Destination(a.Protocol, a.Addr)
 	d.Sticky = false
 	return s.index.Admitted(a.From, d)
 }
@@ -34,7 +33,7 @@ func (s *Sandbox) answersAs(e policy.Endpoint, name string) bool {
 // otherNodes reports whether an attempt without a sidecar is to a service for which the nodes of the manifests would decide.
 func (s *Sandbox) otherNodes(a matrix.Attempt) bool {
 	p, _ := s.index.Pod(a.From)
-	here, _ := s.index.Destination(verdict.TCP, a.Addr)
-	there, _ := s.index.DestinationFor(a.From, verdict.TCP, a.Addr)
+	here, _ := s.index.Destination(a.Protocol, a.Addr)
+	there, _ := s.index.DestinationFor(a.From, a.Protocol, a.Addr)
 	return a.Via == matrix.ViaService && !p.Sidecar && len(here.Endpoints) != len(there.Endpoints)
 }

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,6 +70,7 @@ type Sandbox struct {
 	made      map[string]int // how many pods of a name there have been: each has a UID of its own
 	agents    int            // started so far
 	outsides  map[netip.Prefix]*netns.External
+	tries     int // calls of Try so far: each has nonces of its own
 }
 
 // pod is one pod of the sandbox.
@@ -219,7 +221,9 @@ func (s *Sandbox) makePods(ctx context.Context, list []*corev1.Pod) error {
 		}
 		spec := netns.PodSpec{Namespace: p.Namespace, Name: p.Name, IPs: matrix.PodAddrs(p)}
 		for _, l := range ports {
-			spec.Ports = append(spec.Ports, netns.Port{Number: l.Port, Speaks: speaks(l)})
+			if proto, ok := carried(l.Protocol); ok {
+				spec.Ports = append(spec.Ports, netns.Port{Number: l.Port, Protocol: proto, Speaks: speaks(l)})
+			}
 		}
 		specs = append(specs, spec)
 		name := p.Namespace + "/" + p.Name
@@ -251,10 +255,14 @@ func speaks(l matrix.Listener) netns.Speaks {
 func (s *Sandbox) addOutsides(ctx context.Context) error {
 	ports := map[netip.Prefix][]netns.Port{}
 	for _, e := range s.cfg.Options.External {
-		ports[e.Prefix] = append(ports[e.Prefix], netns.Port{Number: e.Port, Speaks: netns.ClientFirst})
+		if proto, ok := carried(e.Protocol); ok {
+			ports[e.Prefix] = append(ports[e.Prefix], netns.Port{Number: e.Port, Protocol: proto, Speaks: netns.ClientFirst})
+		}
 	}
 	for prefix, list := range ports {
-		slices.SortFunc(list, func(a, b netns.Port) int { return int(a.Number) - int(b.Number) })
+		slices.SortFunc(list, func(a, b netns.Port) int {
+			return cmp.Or(cmp.Compare(a.Number, b.Number), cmp.Compare(a.Protocol, b.Protocol))
+		})
 		list = slices.Compact(list)
 		x, err := s.network.AddExternal(ctx, netns.ExternalSpec{Prefix: prefix, Ports: list})
 		if err != nil {
@@ -272,15 +280,13 @@ func (s *Sandbox) services() []netns.Service {
 		for _, a := range s.index.ServiceAddrs(svc.Namespace + "/" + svc.Name) {
 			for _, p := range svc.Spec.Ports {
 				proto, err := verdict.ParseProtocol(string(p.Protocol))
-				if err != nil || proto == verdict.SCTP {
+				number, ok := carried(proto)
+				if err != nil || !ok {
 					continue
 				}
 				at := netip.AddrPortFrom(a, uint16(p.Port))
 				d, _ := s.index.Destination(proto, at)
-				sv := netns.Service{Addr: at, Protocol: netns.TCP}
-				if proto == verdict.UDP {
-					sv.Protocol = netns.UDP
-				}
+				sv := netns.Service{Addr: at, Protocol: number}
 				for _, e := range d.Endpoints {
 					sv.Backends = append(sv.Backends, e.Addr)
 				}

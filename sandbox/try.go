@@ -37,10 +37,31 @@ type Result struct {
 	Flows  []Flow // one for each authenticated connection to a pod, in the order of the report
 }
 
-// Try makes all attempts with real packets and holds what becomes of them against the evaluator.
+// Try makes all attempts with real packets and holds what becomes of them against the evaluator. It fails for attempts that cannot be
+// made: see Tried.
 func (s *Sandbox) Try(ctx context.Context, attempts []matrix.Attempt) (*Result, error) {
-	outcomes, err := s.probe(ctx, attempts)
-	if err != nil {
+	s.tries++
+	var streams, datagrams []int
+	for i, a := range attempts {
+		switch proto, ok := carried(a.Protocol); {
+		case !ok:
+			return nil, fmt.Errorf("%s → %s at %s: %s cannot be tried", a.From, a.To, a.Addr, a.Protocol)
+		case proto == netns.UDP:
+			datagrams = append(datagrams, i)
+		default:
+			streams = append(streams, i)
+		}
+	}
+	outcomes := make([]netns.Outcome, len(attempts))
+	var exchanges map[int]*exchange
+	s.cfg.Progress("connections", 0, len(attempts))
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.probe(gctx, attempts, streams, outcomes) })
+	g.Go(func() (err error) {
+		exchanges, err = s.exchange(gctx, attempts, datagrams)
+		return err
+	})
+	if err := g.Wait(); err != nil {
 		return nil, err
 	}
 	s.cfg.Progress("evidence", 0, len(attempts))
@@ -48,6 +69,11 @@ func (s *Sandbox) Try(ctx context.Context, attempts []matrix.Attempt) (*Result, 
 	res := &Result{Report: &matrix.Report{Connections: make([]matrix.Connection, len(attempts))}}
 	for i, a := range attempts {
 		c := expected.Connections[i]
+		if e := exchanges[i]; e != nil {
+			s.judgeExchange(&c, a, e)
+			res.Report.Connections[i] = c
+			continue
+		}
 		flow, err := s.judge(ctx, &c, a, outcomes[i])
 		if err != nil {
 			return nil, err
@@ -62,16 +88,14 @@ func (s *Sandbox) Try(ctx context.Context, attempts []matrix.Attempt) (*Result, 
 	return res, nil
 }
 
-// probe makes the attempts, some pods at a time, and returns the outcomes in the order of the attempts.
-func (s *Sandbox) probe(ctx context.Context, attempts []matrix.Attempt) ([]netns.Outcome, error) {
+// probe makes those of the attempts that are TCP, some pods at a time, and puts the outcomes where the attempts stand.
+func (s *Sandbox) probe(ctx context.Context, attempts []matrix.Attempt, which []int, out []netns.Outcome) error {
 	byPod := map[string][]int{}
-	for i, a := range attempts {
-		byPod[a.From] = append(byPod[a.From], i)
+	for _, i := range which {
+		byPod[attempts[i].From] = append(byPod[attempts[i].From], i)
 	}
-	out := make([]netns.Outcome, len(attempts))
 	var mu sync.Mutex
 	done := 0
-	s.cfg.Progress("connections", 0, len(attempts))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(podsAtOnce)
 	for _, p := range s.cfg.Manifests.Objects.Pods {
@@ -97,7 +121,7 @@ func (s *Sandbox) probe(ctx context.Context, attempts []matrix.Attempt) ([]netns
 			})
 		}
 	}
-	return out, g.Wait()
+	return g.Wait()
 }
 
 func (s *Sandbox) target(a matrix.Attempt, n int) netns.Target {
@@ -115,13 +139,16 @@ func (s *Sandbox) serverFirst(a matrix.Attempt) bool {
 		return false
 	}
 	p := s.pods[d.Endpoints[0].Pod]
-	return p != nil && slices.ContainsFunc(p.ports, func(l matrix.Listener) bool { return l.Port == d.Endpoints[0].Addr.Port() && l.ServerFirst })
+	return p != nil && slices.ContainsFunc(p.ports, func(l matrix.Listener) bool {
+		return l.Port == d.Endpoints[0].Addr.Port() && l.ServerFirst // TCP only
+	})
 }
 
 // judge fills a connection, which holds what the evaluator expects, with what really happened.
 func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Attempt, o netns.Outcome) (*Flow, error) {
 	expected, authenticated := c.Verdict, c.Authenticated
 	c.Verdict, c.Authenticated = matrix.Denied, false
+	c.Observed = &matrix.Observed{Connect: word(o.Connect), Bytes: o.Bytes}
 	reached, _, _ := cutLast(o.Reached, ":")
 	var flow *Flow
 	switch {

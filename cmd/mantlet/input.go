@@ -42,8 +42,8 @@ func (in *input) register(cmd *cobra.Command) {
 	f.BoolVar(&in.injectAll, "inject-all", false, "give every pod a sidecar, not only those in namespaces labelled "+policy.InjectLabel+"=enabled")
 	f.StringVar(&in.mtls, "mtls", "permissive", "mode of namespaces without the label "+policy.ModeLabel+": permissive or strict")
 	f.StringVar(&in.trustDomain, "trust-domain", "mantlet.local", "SPIFFE trust domain")
-	f.StringArrayVar(&in.ports, "port", nil, "port to try beyond the declared ones, for example 80/TCP (repeatable)")
-	f.StringArrayVar(&in.externals, "external", nil, "range outside the cluster to try, CIDR[:port] (repeatable; the port is 443 if none is named)")
+	f.StringArrayVar(&in.ports, "port", nil, "port to try beyond the declared ones, for example 80/TCP or 53/UDP (repeatable)")
+	f.StringArrayVar(&in.externals, "external", nil, "range outside the cluster to try, CIDR[:port[/protocol]] (repeatable; 443/TCP if none is named)")
 	f.StringVarP(&in.output, "output", "o", "table", "table, json or yaml")
 	f.IntVar(&in.explain, "explain", 10, "how many denials the table explains")
 }
@@ -85,10 +85,7 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--%w\n  hint: for example --port 80/TCP", err)
 		}
-		if p.Protocol != verdict.TCP {
-			return nil, fmt.Errorf("--port %s: only TCP can be tried; UDP and SCTP are not enforced yet", s)
-		}
-		if captured(p.Number) {
+		if p.Protocol == verdict.TCP && captured(p.Number) {
 			return nil, fmt.Errorf("--port %s: this is where sidecars capture connections\n  hint: try another port", s)
 		}
 		w.options.Ports = append(w.options.Ports, p)
@@ -98,7 +95,7 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--%w", err)
 		}
-		if captured(e.Port) {
+		if e.Protocol == verdict.TCP && captured(e.Port) {
 			return nil, fmt.Errorf("--external %s: port %d is where sidecars capture connections\n  hint: try another port", s, e.Port)
 		}
 		w.options.External = append(w.options.External, e)
@@ -119,7 +116,7 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 	return w, err
 }
 
-// captured reports whether a port is one of the sidecar's own: a pod cannot use it.
+// captured reports whether a TCP port is one of the sidecar's own: a pod cannot use it.
 func captured(port uint16) bool { return port == names.InboundPort || port == names.OutboundPort }
 
 func (in *input) scope() source.InjectScope {
@@ -129,7 +126,7 @@ func (in *input) scope() source.InjectScope {
 	return source.InjectLabeled
 }
 
-// notice tells what was left out and what is not enforced.
+// notice tells what was left out.
 func notice(stderr io.Writer, w *world) {
 	m := w.manifests
 	if len(m.Ignored) > 0 {
@@ -142,24 +139,6 @@ func notice(stderr io.Writer, w *world) {
 	for _, text := range m.Warnings {
 		fmt.Fprintln(stderr, "warning:", text)
 	}
-	if udp := packetPorts(m); udp > 0 {
-		fmt.Fprintf(stderr, "warning: %d declared UDP or SCTP ports are not tried: UDP and SCTP are not enforced yet\n", udp)
-	}
-}
-
-// packetPorts counts the declared ports that are not TCP.
-func packetPorts(m *source.Manifests) int {
-	n := 0
-	for _, p := range m.Objects.Pods {
-		for _, c := range p.Spec.Containers {
-			for _, port := range c.Ports {
-				if proto, err := verdict.ParseProtocol(string(port.Protocol)); err == nil && proto != verdict.TCP {
-					n++
-				}
-			}
-		}
-	}
-	return n
 }
 
 func (in *input) write(out io.Writer, r *matrix.Report) error {

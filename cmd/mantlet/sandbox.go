@@ -134,6 +134,13 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 	if err != nil {
 		return err
 	}
+	var notices []string
+	if w.attempts, notices, err = sandbox.Tried(w.attempts); err != nil {
+		return err
+	}
+	for _, text := range notices {
+		fmt.Fprintln(stderr, "notice:", text)
+	}
 	bins, err := sandbox.FindBinaries()
 	if err != nil {
 		return err

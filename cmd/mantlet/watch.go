@@ -121,7 +121,11 @@ func (in *input) reread(w *world) (*world, error) {
 	if err := next.index.ApplyAll(&m.Objects); err != nil {
 		return nil, err
 	}
-	next.attempts, err = matrix.Plan(m, w.options)
+	all, err := matrix.Plan(m, w.options)
+	if err != nil {
+		return nil, err
+	}
+	next.attempts, _, err = sandbox.Tried(all) // what is not tried was said at the start
 	return next, err
 }
 
@@ -143,10 +147,10 @@ func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, 
 	for i := range res.Report.Connections {
 		conn := &res.Report.Connections[i]
 		if conn.Mismatch != "" {
-			fmt.Fprintf(out, "  MISMATCH %s → %s:%d (%s): %s\n", conn.From, conn.To, conn.Port, conn.Address, conn.Mismatch)
+			fmt.Fprintf(out, "  MISMATCH %s (%s): %s\n", conn, conn.Address, conn.Mismatch)
 		}
 		before, existed := was[connectionKey(conn)]
-		line := fmt.Sprintf("%s → %s:%d\n      %s", conn.From, conn.To, conn.Port, conn.Reason.Text)
+		line := fmt.Sprintf("%s\n      %s", conn, conn.Reason.Text)
 		if existed && before == conn.Verdict || seen[line] {
 			continue
 		}
@@ -168,5 +172,5 @@ func verdicts(r *matrix.Report) map[string]string {
 }
 
 func connectionKey(c *matrix.Connection) string {
-	return fmt.Sprintf("%s %s %s %s %d", c.From, c.Via, c.To, c.Address, c.Port)
+	return fmt.Sprintf("%s %s %s %s %d/%s", c.From, c.Via, c.To, c.Address, c.Port, c.Protocol)
 }

@@ -38,7 +38,8 @@ func TestLoad(t *testing.T) {
 	if want := []matrix.Port{tcp(81)}; !slices.Equal(m.Options.Ports, want) {
 		t.Errorf("ports: %v, want %v", m.Options.Ports, want)
 	}
-	if want := []matrix.External{{Prefix: netip.MustParsePrefix("203.0.113.0/24"), Port: 8443}, {Prefix: netip.MustParsePrefix("2001:db8::/64"), Port: 443}}; !slices.Equal(m.Options.External, want) {
+	if want := []matrix.External{{Prefix: netip.MustParsePrefix("203.0.113.0/24"), Port: 8443, Protocol: verdict.TCP},
+		{Prefix: netip.MustParsePrefix("2001:db8::/64"), Port: 443, Protocol: verdict.TCP}}; !slices.Equal(m.Options.External, want) {
 		t.Errorf("external: %v, want %v", m.Options.External, want)
 	}
 	want := []Line{

@@ -6,6 +6,7 @@
 package matrix
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -13,8 +14,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	"github.com/mantlet/mantlet/controlplane/policy"
-	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -48,18 +47,28 @@ func ParsePort(s string) (Port, error) {
 	return Port{uint16(n), p}, nil
 }
 
+// String writes "80", "53/UDP": TCP goes without saying, as in the Kubernetes API.
+func (p Port) String() string {
+	if p.Protocol == 0 || p.Protocol == verdict.TCP {
+		return fmt.Sprint(p.Number)
+	}
+	return fmt.Sprintf("%d/%s", p.Number, p.Protocol)
+}
+
 // External is a range of addresses outside the cluster, with the port that is tried there.
 type External struct {
-	Prefix netip.Prefix
-	Port   uint16
+	Prefix   netip.Prefix
+	Port     uint16
+	Protocol verdict.Protocol
 }
 
 // DefaultExternalPort is tried where an external range names no port.
 const DefaultExternalPort = 443
 
-// ParseExternal reads "203.0.113.0/24", "203.0.113.0/24:8443", "[2001:db8::/64]:443". A bare address is a range of one.
+// ParseExternal reads "203.0.113.0/24", "203.0.113.0/24:8443", "203.0.113.0/24:53/UDP", "[2001:db8::/64]:443". A bare address is a range
+// of one.
 func ParseExternal(s string) (External, error) {
-	e := External{Port: DefaultExternalPort}
+	e := External{Port: DefaultExternalPort, Protocol: verdict.TCP}
 	cidr := s
 	if rest, ok := strings.CutPrefix(s, "["); ok {
 		inner, after, closed := strings.Cut(rest, "]")
@@ -69,17 +78,17 @@ func ParseExternal(s string) (External, error) {
 		cidr = inner
 		if after != "" {
 			port, err := ParsePort(strings.TrimPrefix(after, ":"))
-			if err != nil || !strings.HasPrefix(after, ":") || port.Protocol != verdict.TCP {
-				return External{}, fmt.Errorf("external %q: want [CIDR]:PORT", s)
+			if err != nil || !strings.HasPrefix(after, ":") {
+				return External{}, fmt.Errorf("external %q: want [CIDR]:PORT or [CIDR]:PORT/PROTOCOL", s)
 			}
-			e.Port = port.Number
+			e.Port, e.Protocol = port.Number, port.Protocol
 		}
 	} else if i := strings.LastIndex(s, ":"); i >= 0 && strings.Count(s, ":") == 1 {
 		port, err := ParsePort(s[i+1:])
-		if err != nil || port.Protocol != verdict.TCP {
-			return External{}, fmt.Errorf("external %q: want CIDR or CIDR:PORT", s)
+		if err != nil {
+			return External{}, fmt.Errorf("external %q: want CIDR, CIDR:PORT or CIDR:PORT/PROTOCOL", s)
 		}
-		cidr, e.Port = s[:i], port.Number
+		cidr, e.Port, e.Protocol = s[:i], port.Number, port.Protocol
 	}
 	if a, err := netip.ParseAddr(cidr); err == nil && a.Zone() == "" {
 		e.Prefix = netip.PrefixFrom(a, a.BitLen())
@@ -101,36 +110,38 @@ func (e External) Host() netip.Addr {
 	return e.Prefix.Addr().Next()
 }
 
-// Attempt is one connection to make.
+// Attempt is one connection to make, or one exchange of datagrams.
 type Attempt struct {
-	From string // "namespace/pod"
-	To   string // "namespace/pod", "namespace/service", or the external range
-	Via  Via
-	Addr netip.AddrPort
+	From     string // "namespace/pod"
+	To       string // "namespace/pod", "namespace/service", or the external range
+	Via      Via
+	Addr     netip.AddrPort
+	Protocol verdict.Protocol
 }
 
-// ServerFirstAnnotation on a pod lists the ports ("5432,6379") on which the probe server speaks first; "true" means all.
+// ServerFirstAnnotation on a pod lists the TCP ports ("5432,6379") on which the probe server speaks first; "true" means all.
 const ServerFirstAnnotation = "mantlet.dev/server-first"
 
-// Listener is a TCP port of a pod.
+// Listener is a port of a pod.
 type Listener struct {
 	Port        uint16
-	ServerFirst bool
+	Protocol    verdict.Protocol
+	ServerFirst bool // TCP only
 }
 
-// Listeners lists the TCP ports that a pod declares and the extra ones, in order.
+// Listeners lists the ports that a pod declares and the extra ones, in order.
 func Listeners(p *corev1.Pod, extra []Port) ([]Listener, error) {
 	var out []Listener
-	add := func(port uint16) {
-		if !slices.ContainsFunc(out, func(l Listener) bool { return l.Port == port }) {
-			out = append(out, Listener{Port: port})
+	add := func(port uint16, proto verdict.Protocol) {
+		if !slices.ContainsFunc(out, func(l Listener) bool { return l.Port == port && l.Protocol == proto }) {
+			out = append(out, Listener{Port: port, Protocol: proto})
 		}
 	}
 	containers := func(cs []corev1.Container) {
 		for _, c := range cs {
 			for _, cp := range c.Ports {
-				if proto, err := verdict.ParseProtocol(string(cp.Protocol)); err == nil && proto == verdict.TCP && cp.ContainerPort > 0 {
-					add(uint16(cp.ContainerPort))
+				if proto, err := verdict.ParseProtocol(string(cp.Protocol)); err == nil && cp.ContainerPort > 0 {
+					add(uint16(cp.ContainerPort), proto)
 				}
 			}
 		}
@@ -142,11 +153,11 @@ func Listeners(p *corev1.Pod, extra []Port) ([]Listener, error) {
 		}
 	}
 	for _, e := range extra {
-		if e.Protocol == verdict.TCP {
-			add(e.Number)
-		}
+		add(e.Number, e.Protocol)
 	}
-	slices.SortFunc(out, func(a, b Listener) int { return int(a.Port) - int(b.Port) })
+	slices.SortFunc(out, func(a, b Listener) int {
+		return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
+	})
 	first, ok := p.Annotations[ServerFirstAnnotation]
 	if !ok {
 		return out, nil
@@ -154,164 +165,16 @@ func Listeners(p *corev1.Pod, extra []Port) ([]Listener, error) {
 	for _, word := range strings.Split(first, ",") {
 		if word = strings.TrimSpace(word); word == "true" {
 			for i := range out {
-				out[i].ServerFirst = true
+				out[i].ServerFirst = out[i].Protocol == verdict.TCP
 			}
 			continue
 		}
 		port, err := ParsePort(word)
-		i := slices.IndexFunc(out, func(l Listener) bool { return l.Port == port.Number })
+		i := slices.IndexFunc(out, func(l Listener) bool { return l.Port == port.Number && l.Protocol == verdict.TCP })
 		if err != nil || i < 0 {
 			return nil, fmt.Errorf("pod %s/%s: annotation %s: %q is none of its TCP ports, and not \"true\"", p.Namespace, p.Name, ServerFirstAnnotation, word)
 		}
 		out[i].ServerFirst = true
 	}
 	return out, nil
-}
-
-// Options say what to try beyond what the manifests declare.
-type Options struct {
-	Ports    []Port
-	External []External
-}
-
-// Plan lists all attempts: every pod to every port of every pod and service, in each family that both have, and to the external
-// ranges. The order is that of the names.
-func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
-	type target struct {
-		to   string
-		via  Via
-		addr netip.AddrPort
-	}
-	var targets []target
-	for _, p := range m.Objects.Pods {
-		ls, err := Listeners(p, o.Ports)
-		if err != nil {
-			return nil, err
-		}
-		for _, l := range ls {
-			for _, a := range PodAddrs(p) {
-				targets = append(targets, target{p.Namespace + "/" + p.Name, ViaPod, netip.AddrPortFrom(a, l.Port)})
-			}
-		}
-	}
-	for _, s := range m.Objects.Services {
-		if s.Spec.Type == corev1.ServiceTypeExternalName {
-			continue
-		}
-		for _, p := range s.Spec.Ports {
-			if proto, err := verdict.ParseProtocol(string(p.Protocol)); err != nil || proto != verdict.TCP {
-				continue
-			}
-			for _, ip := range s.Spec.ClusterIPs {
-				if a, err := netip.ParseAddr(ip); err == nil { // not "None"
-					targets = append(targets, target{s.Namespace + "/" + s.Name, ViaService, netip.AddrPortFrom(a, uint16(p.Port))})
-				}
-			}
-		}
-	}
-	for i, e := range o.External {
-		if slices.Contains(o.External[:i], e) {
-			return nil, fmt.Errorf("external %s:%d is given twice", e.Prefix, e.Port)
-		}
-		for _, n := range slices.Concat(m.PodNetwork, m.ServiceNetwork) {
-			if n.Overlaps(e.Prefix) {
-				return nil, fmt.Errorf("external %s overlaps the cluster's own network %s: it would not be outside", e.Prefix, n)
-			}
-		}
-		targets = append(targets, target{e.Prefix.String(), ViaExternal, netip.AddrPortFrom(e.Host(), e.Port)})
-	}
-	var out []Attempt
-	for _, p := range m.Objects.Pods {
-		var v4, v6 bool
-		for _, a := range PodAddrs(p) {
-			v4, v6 = v4 || a.Is4(), v6 || a.Is6()
-		}
-		for _, t := range targets {
-			if t.addr.Addr().Is4() && v4 || t.addr.Addr().Is6() && v6 {
-				out = append(out, Attempt{From: p.Namespace + "/" + p.Name, To: t.to, Via: t.via, Addr: t.addr})
-			}
-		}
-	}
-	return out, nil
-}
-
-// PodAddrs lists a pod's addresses.
-func PodAddrs(p *corev1.Pod) []netip.Addr {
-	var out []netip.Addr
-	for _, ip := range p.Status.PodIPs {
-		if a, err := netip.ParseAddr(ip.IP); err == nil {
-			out = append(out, a.Unmap())
-		}
-	}
-	return out
-}
-
-// Simulate decides every attempt by the evaluator alone.
-func Simulate(x *policy.Index, attempts []Attempt) *Report {
-	r := &Report{Connections: make([]Connection, len(attempts))}
-	for i, a := range attempts {
-		r.Connections[i] = decide(x, a)
-	}
-	r.Summarize()
-	return r
-}
-
-// decide says what the evaluator makes of an attempt. To a service it is what becomes of its endpoints: one that is admitted is
-// enough, because the sidecar picks among those only. Without a sidecar the node picks one without asking any policy; then all
-// have to be admitted for the connection to be called allowed.
-func decide(x *policy.Index, a Attempt) Connection {
-	c := Connection{From: a.From, To: a.To, Address: a.Addr.Addr().String(), Port: a.Addr.Port(), Protocol: verdict.TCP.String(), Via: a.Via}
-	if a.Via != ViaService {
-		c.fill(x.Answer(a.From, verdict.TCP, a.Addr))
-		return c
-	}
-	d, _ := x.DestinationFor(a.From, verdict.TCP, a.Addr)
-	if len(d.Endpoints) == 0 {
-		c.fill(policy.Answer{Reason: verdict.Reason{Text: absence(d)}})
-		return c
-	}
-	pod, _ := x.Pod(a.From)
-	var allowed, denied []policy.Answer
-	for _, e := range d.Endpoints {
-		if ans := x.Answer(a.From, verdict.TCP, e.Addr); ans.Allowed {
-			allowed = append(allowed, ans)
-		} else {
-			denied = append(denied, ans)
-		}
-	}
-	if one := x.Admitted(a.From, d); pod.Sidecar && d.Sticky && len(one) > 0 {
-		allowed = []policy.Answer{x.Answer(a.From, verdict.TCP, one[0].Addr)}
-	}
-	switch {
-	case len(allowed) == 0:
-		c.fill(denied[0])
-	case len(denied) == 0 || pod.Sidecar:
-		c.fill(allowed[0])
-		// Authenticated only if whichever endpoint is picked proves itself.
-		c.Authenticated = !slices.ContainsFunc(allowed, func(a policy.Answer) bool { return !a.Authenticated })
-	default:
-		c.fill(allowed[0])
-		c.Partly = fmt.Sprintf("%d of %d endpoints are denied, and without a sidecar nothing steers around them", len(denied), len(d.Endpoints))
-	}
-	return c
-}
-
-// absence says why a destination has no endpoint for a client.
-func absence(d policy.Destination) string {
-	switch {
-	case len(d.Others) == 0:
-		return "the service has no endpoint"
-	case d.Local:
-		return "the service has no ready endpoint on the client's node (internalTrafficPolicy: Local)"
-	}
-	return "the service has no ready endpoint"
-}
-
-func (c *Connection) fill(a policy.Answer) {
-	c.Verdict = Denied
-	if a.Allowed {
-		c.Verdict = Allowed
-	}
-	c.Authenticated = a.Authenticated
-	c.Reason = a.Reason
 }

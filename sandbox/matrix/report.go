@@ -28,13 +28,52 @@ type Connection struct {
 	Protocol      string         `json:"protocol"`
 	Via           Via            `json:"via"`
 	Verdict       string         `json:"verdict"`
+	EnforcedBy    EnforcedBy     `json:"enforcedBy"`    // by what the peer was told
 	Authenticated bool           `json:"authenticated"` // both ends proved who they are
 	Reason        verdict.Reason `json:"reason"`
+	// Observed is nil where nothing was tried: the verdict is the evaluator's then.
+	*Observed
 	// Partly says that the verdict depends on which endpoint of a service is picked.
 	Partly string `json:"partly,omitempty"`
 	// Mismatch says in what the real packets differ from the evaluator. Only the sandbox can fill it.
 	Mismatch string `json:"mismatch,omitempty"`
 }
+
+// String writes "shop/web-0 → shop/db-0:5432", "shop/web-0 → dns/coredns-0:53/UDP".
+func (c *Connection) String() string {
+	return fmt.Sprintf("%s → %s:%s", c.From, c.To, c.port())
+}
+
+// port is the port as people read it.
+func (c *Connection) port() string {
+	if c.Protocol == verdict.TCP.String() {
+		return fmt.Sprint(c.Port)
+	}
+	return fmt.Sprintf("%d/%s", c.Port, c.Protocol)
+}
+
+// Observed is what real packets met with. Only the sandbox can fill it.
+type Observed struct {
+	// Connect is what connect() said, a word below or the error's text. Empty for UDP: connect() asks nobody there.
+	Connect string `json:"connect,omitempty"`
+	// Datagram is what became of a datagram, a word below or the error's text. Empty for TCP.
+	Datagram string `json:"datagram,omitempty"`
+	// Bytes that arrived at the source.
+	Bytes int `json:"bytes"`
+}
+
+// Words of Observed. A datagram that is denied is met by silence, or is not permitted to leave.
+const (
+	Connected    = "connected"     // connect() succeeded: somebody has accepted, the app or a sidecar
+	Refused      = "refused"       // RST, or for a datagram ICMP: nobody listens there
+	Reset        = "reset"         // RST after the connection was there
+	Unreachable  = "unreachable"   // ICMP: no way to that address
+	NotPermitted = "not permitted" // EPERM: the source's own packet filter
+	TimedOut     = "timed out"     // connect() was neither accepted nor refused
+	Answered     = "answered"      // the datagram arrived, and so did the answer
+	Silence      = "silence"       // the datagram did not arrive
+	Unanswered   = "unanswered"    // the datagram arrived, and the answer did not
+)
 
 // Summary counts.
 type Summary struct {
@@ -139,7 +178,7 @@ func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
 	type column struct {
 		to   string
 		via  Via
-		port uint16
+		port string
 	}
 	var columns []column
 	var rows []string
@@ -148,7 +187,7 @@ func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
 	cells := map[[2]int][]*Connection{}
 	for i := range r.Connections {
 		c := &r.Connections[i]
-		col := column{c.To, c.Via, c.Port}
+		col := column{c.To, c.Via, c.port()}
 		if _, ok := index[col]; !ok {
 			index[col] = len(columns)
 			columns = append(columns, col)
@@ -166,7 +205,7 @@ func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
 	}
 	colWidth := len(fmt.Sprint(len(columns))) + 1
 	for i, c := range columns {
-		fmt.Fprintf(b, "%*d  %s:%d%s\n", colWidth, i+1, c.to, c.port, map[Via]string{ViaPod: "", ViaService: " (service)", ViaExternal: " (external)"}[c.via])
+		fmt.Fprintf(b, "%*d  %s:%s%s\n", colWidth, i+1, c.to, c.port, map[Via]string{ViaPod: "", ViaService: " (service)", ViaExternal: " (external)"}[c.via])
 	}
 	fmt.Fprintf(b, "\n%-*s", width, "FROM \\ TO")
 	for i := range columns {
@@ -188,6 +227,9 @@ func (r *Report) WriteTable(w io.Writer, p Palette, explain int) error {
 	}
 	s := r.Summary
 	fmt.Fprintf(b, "\n%d pods, %d connections: %d allowed (%d authenticated), %d denied\n", s.Pods, s.Connections, s.Allowed, s.Authenticated, s.Denied)
+	if slices.ContainsFunc(r.Connections, func(c Connection) bool { return c.Protocol != verdict.TCP.String() }) {
+		b.WriteString("UDP and SCTP are enforced by address: nobody can authenticate them\n")
+	}
 	r.explain(b, explain)
 	return b.Flush()
 }
@@ -230,7 +272,7 @@ func (r *Report) explain(b *bufio.Writer, most int) {
 	seen, kinds := map[denial]bool{}, map[kind]bool{}
 	for i := range r.Connections {
 		c := &r.Connections[i]
-		where := fmt.Sprintf("%s → %s:%d", c.From, c.To, c.Port)
+		where := c.String()
 		if c.Mismatch != "" {
 			fmt.Fprintf(b, "MISMATCH %s (%s): %s\n", where, c.Address, c.Mismatch)
 		}

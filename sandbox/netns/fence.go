@@ -5,6 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -103,4 +106,27 @@ func goRound(socket int, round uint64) error {
 			return nil
 		}
 	}
+}
+
+// Overrun counts the packets that the kernel has thrown away since the machine started because too many waited in a CPU's queue: of these
+// nobody can say whether they would have arrived. It counts the whole machine's.
+func (n *Network) Overrun() (uint64, error) {
+	const file = "/proc/net/softnet_stat" // a line for each CPU, in hexadecimal: processed, dropped, …
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	var sum uint64
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			return 0, fmt.Errorf("%s: %q is no line of counters", file, line)
+		}
+		dropped, err := strconv.ParseUint(fields[1], 16, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", file, err)
+		}
+		sum += dropped
+	}
+	return sum, nil
 }
