@@ -196,7 +196,7 @@ func (s *Sandbox) judgeExchange(c *matrix.Connection, a matrix.Attempt, e *excha
 	}
 	source, _ := s.index.Pod(a.From)
 	for _, server := range e.arrived {
-		pod, _, _ := cutLast(server, ":")
+		pod := podOf(server)
 		switch {
 		case !s.meant(a, pod):
 			c.Mismatch = fmt.Sprintf("received by %s, which is not what the address stands for", server)

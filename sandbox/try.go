@@ -149,7 +149,7 @@ func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Atte
 	expected, authenticated := c.Verdict, c.Authenticated
 	c.Verdict, c.Authenticated = matrix.Denied, false
 	c.Observed = &matrix.Observed{Connect: word(o.Connect), Bytes: o.Bytes}
-	reached, _, _ := cutLast(o.Reached, ":")
+	reached := podOf(o.Reached)
 	var flow *Flow
 	switch {
 	case o.Reached != "":
@@ -214,9 +214,10 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 	return &Flow{From: from, To: to.name, FromID: rec.Peer, ToID: s.index.Subject(to.name).ID.String(), Source: rec.Source, Destination: rec.Destination}, nil
 }
 
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
+// podOf is "namespace/pod" of a server that calls itself "namespace/pod:port".
+func podOf(server string) string {
+	if i := strings.LastIndexByte(server, ':'); i >= 0 {
+		return server[:i]
 	}
-	return s, "", false
+	return server
 }
