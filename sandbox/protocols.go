@@ -24,19 +24,19 @@ func carried(p verdict.Protocol) (netns.Protocol, bool) {
 // Tried returns the attempts that real packets can make, and says of the others how many there are and why they cannot be tried. The
 // evaluator knows what becomes of those too.
 func Tried(attempts []matrix.Attempt) (tried []matrix.Attempt, notices []string, err error) {
-	sctp, udp := 0, 0
+	sctp, balanced := 0, 0
 	for _, a := range attempts {
-		switch a.Protocol {
-		case verdict.SCTP:
+		switch {
+		case a.Protocol == verdict.SCTP:
 			sctp++
-		case verdict.UDP:
-			udp++
+		case a.Protocol == verdict.UDP && a.Via == matrix.ViaService:
+			balanced++
 		default:
 			tried = append(tried, a)
 		}
 	}
-	if udp > 0 {
-		notices = append(notices, fmt.Sprintf("%d UDP connections are not tried: UDP is not enforced yet; mantlet simulate says what will become of them", udp))
+	if balanced > 0 {
+		notices = append(notices, fmt.Sprintf("%d UDP connections to Services are not tried: pods do not balance UDP yet; mantlet simulate says what will become of them", balanced))
 	}
 	if sctp == 0 {
 		return tried, notices, nil
