@@ -125,6 +125,7 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 	if mode == verdict.Permissive {
 		dr.known = x.knownPlaintext(d, rs.rules, resolved, gates)
 	}
+	dr.retired = x.retiredPeers()
 	return dr.layout(rs.isolating)
 }
 

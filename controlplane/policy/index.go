@@ -45,6 +45,7 @@ type Index struct {
 
 	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
+	retired        retired              // identities that running pods had before
 	volatileKeys   map[string]int       // volatile labels that selectors mention, with a count of uses
 
 	packets packetIndex
@@ -100,6 +101,7 @@ func NewIndex(c Config) *Index {
 		zones:          map[string]string{},
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
+		retired:        retired{},
 		volatileKeys:   map[string]int{},
 		packets:        newPacketIndex(),
 		dirty:          map[string]bool{},

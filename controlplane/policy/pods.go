@@ -152,6 +152,7 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 	c.pods[p.key] = true
 	x.noteEgress(i)
 	x.claim(p, c)
+	x.touchRetiredAt(p.ips, c)
 	x.touchPeersOf(p, !ok || i.portsDiffer() != portsDiffered || len(i.pods) == 1, c)
 	x.rekey(p, c)
 }
@@ -167,6 +168,7 @@ func (x *Index) removePod(key string, c *change) {
 	delete(x.namespace(p.namespace).pods, key)
 	delete(i.pods, key)
 	x.disclaim(p, c)
+	x.touchRetiredAt(p.ips, c)
 	c.pods[key] = true
 	gone := len(i.pods) == 0
 	x.touchPeersOf(p, gone || i.portsDiffer() != portsDiffered, c)

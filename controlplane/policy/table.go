@@ -52,6 +52,7 @@ type draft struct {
 	anonymous    []portedArea     // admit peers without one by address
 	closed       []netip.Prefix   // here anonymous does not reach; only known does
 	closedReason verdict.Reason
+	retired      []retiredPeer
 	known        []cell // peers without identity that are known by their addresses
 }
 
@@ -282,9 +283,12 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 		}
 	}
 	p.Identified = prefixes(identified, -1)
+	sortPrefixes(p.Identified)
+	for _, r := range d.retired {
+		p.retire(r, intern)
+	}
 
 	p.Anonymous = d.addKnown(prefixes(without(region(active(d.anonymous, proto, port)), d.closed), -1), decide)
-	sortPrefixes(p.Identified)
 	sortPrefixes(p.Anonymous)
 	return p
 }
