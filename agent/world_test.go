@@ -165,7 +165,7 @@ func (w *world) startPlane() {
 	go func() { served <- g.Serve(l) }()
 	w.cp, w.plane = cp, g
 	stop := sync.OnceFunc(func() {
-		cp.Server().Close()
+		cp.Close()
 		g.Stop()
 		<-served
 	})

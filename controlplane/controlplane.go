@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/identity/attest"
+	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds"
@@ -28,13 +30,18 @@ type Config struct {
 	ServiceNetwork []netip.Prefix
 	// Resumption says whether sidecars resume TLS sessions; zero: they do.
 	Resumption xds.Resumption
-	Log        *slog.Logger // nil: nothing is logged
+	// SVIDTTL is how long certificates are valid; zero: ca.DefaultTTL.
+	SVIDTTL time.Duration
+	Now     func() time.Time // nil: time.Now
+	Log     *slog.Logger     // nil: nothing is logged
 }
 
 // ControlPlane holds the policy index and keeps the xDS server's sidecars up to date with it. It is safe for concurrent use.
 type ControlPlane struct {
 	cluster  []netip.Prefix // where sidecars find each other: pod and service networks
 	sessions xds.Resumption
+	svidTTL  time.Duration
+	now      func() time.Time
 	log      *slog.Logger
 	xds      *server.Server
 
@@ -46,7 +53,9 @@ type ControlPlane struct {
 	nodes    map[string]nodeResources // by node addresses
 	static   []*server.Resource       // clusters, the same for everybody
 	demand   demand
-	loaded   bool // objects are complete: nothing is published before
+	loaded   bool        // objects are complete: nothing is published before
+	expiry   *time.Timer // of what is retired; nil: nothing is
+	closed   bool
 }
 
 // rendered is what is made of one subject's verdicts.
@@ -66,12 +75,20 @@ type nodeSet struct {
 // New returns a ControlPlane that publishes through the server made from sc; its Authenticator must be set, its OnDemand is set
 // here.
 func New(c Config, sc server.Config) (*ControlPlane, error) {
+	if c.SVIDTTL == 0 {
+		c.SVIDTTL = ca.DefaultTTL
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	cp := &ControlPlane{
 		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
 		sessions: c.Resumption,
+		svidTTL:  c.SVIDTTL,
+		now:      c.Now,
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
 		hashes:   map[string]string{},
@@ -138,12 +155,14 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 		touched = append(touched, d)
 		errs = append(errs, err)
 	}
+	before := cp.present(applied, deleted)
 	for _, obj := range deleted {
 		take(cp.index.Delete(obj))
 	}
 	for _, obj := range applied {
 		take(cp.index.Apply(obj))
 	}
+	touched = append(touched, cp.succeed(before)...)
 	if cp.loaded {
 		errs = append(errs, cp.publish(policy.Merge(touched)))
 	}

@@ -18,6 +18,9 @@ import (
 func NewServer(c Config, authority *ca.CA, attestor attest.Attestor, sc server.Config, addrs []netip.Addr) (*ControlPlane, *grpc.Server, error) {
 	auth := &authenticator{}
 	sc.Authenticator = auth
+	if c.SVIDTTL == 0 {
+		c.SVIDTTL = authority.TTL()
+	}
 	cp, err := New(c, sc)
 	if err != nil {
 		return nil, nil, err

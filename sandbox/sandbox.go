@@ -420,7 +420,7 @@ func (s *Sandbox) Close() error {
 	}
 	errs = append(errs, g.Wait())
 	if s.cp != nil {
-		s.cp.Server().Close()
+		s.cp.Close()
 	}
 	if s.grpc != nil {
 		s.grpc.Stop()
