@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,7 +20,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/sandbox/netns"
 	"github.com/mantlet/mantlet/xds"
 	"github.com/mantlet/mantlet/xds/server"
@@ -52,12 +56,13 @@ var lifetimes = sandbox.Lifetimes{SVID: 10 * time.Second, RenewAfter: time.Secon
 
 // TestIdentityInTime: certificates are renewed, roots change, pods are relabelled and deleted, while traffic goes on.
 func TestIdentityInTime(t *testing.T) {
-	s, log := age(t, lifetimes)
+	s, m, log := age(t, lifetimes)
 	t.Run("renewal", func(t *testing.T) { renewal(t, s) })
+	t.Run("relabelled", func(t *testing.T) { relabelled(t, s, m) })
 	t.Run("deleted", func(t *testing.T) { deleted(t, s, log) })
 }
 
-func age(t *testing.T, l sandbox.Lifetimes) (*sandbox.Sandbox, *journal) {
+func age(t *testing.T, l sandbox.Lifetimes) (*sandbox.Sandbox, *source.Manifests, *journal) {
 	t.Helper()
 	m := manifests(t, aging)
 	log := &journal{}
@@ -78,7 +83,7 @@ func age(t *testing.T, l sandbox.Lifetimes) (*sandbox.Sandbox, *journal) {
 			t.Logf("the control plane's log:\n%s", log)
 		}
 	})
-	return s, log
+	return s, m, log
 }
 
 // renewal: certificates are renewed again and again under a stream and many short connections; nothing is lost, nothing refused, and new
@@ -100,7 +105,7 @@ func renewal(t *testing.T, s *sandbox.Sandbox) {
 
 // TestNoResumption: a cluster may have every connection prove its identity anew.
 func TestNoResumption(t *testing.T) {
-	s, _ := age(t, sandbox.Lifetimes{Resumption: xds.NeverResume})
+	s, _, _ := age(t, sandbox.Lifetimes{Resumption: xds.NeverResume})
 	to := netip.AddrPortFrom(pod(t, s, "shop/db").Spec().IPs[0], banner)
 	c := meshTLS(genuine(t, s.Authority(), identityOf(t, s, "shop/api-a")))
 	c.ClientSessionCache, c.ServerName = tls.NewLRUClientSessionCache(8), "db"
@@ -214,6 +219,88 @@ func ask(conn net.Conn, answers *bufio.Reader, i int) error {
 	return err
 }
 
+// relabelled: the labels of running pods change. They have the new identity at once, whatever sessions they had, and under the old one
+// nobody is let in from there, not in a resumed session either; under the same identity its twin is.
+func relabelled(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
+	db, a, b := pod(t, s, "shop/db"), pod(t, s, "shop/api-a"), pod(t, s, "shop/api-b")
+	to := netip.AddrPortFrom(db.Spec().IPs[0], banner)
+	relabel := func(labels string) {
+		t.Helper()
+		file := filepath.Join(t.TempDir(), "manifests.yaml")
+		text := strings.Replace(aging, "{name: api-a, namespace: shop, labels: {app: api}}", "{name: api-a, namespace: shop, labels: "+labels+"}", 1)
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if m, err = source.ReadManifests([]string{file}, source.Options{Previous: m}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Update(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	flow := func() sandbox.Flow {
+		t.Helper()
+		attempts, err := matrix.Plan(m, matrix.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range try(t, s, attempts).Flows {
+			if f.From == "shop/api-a" && f.To == "shop/db" {
+				return f
+			}
+		}
+		return sandbox.Flow{}
+	}
+	old := identityOf(t, s, "shop/api-a")
+	if got := flow().FromID; got != old.String() {
+		t.Fatalf("db saw %q, not %s", got, old)
+	}
+	// What a thief may have of the pod: its certificate, and a session.
+	thief := meshTLS(genuine(t, s.Authority(), old))
+	thief.ClientSessionCache, thief.ServerName = tls.NewLRUClientSessionCache(64), "db"
+	if _, n := session(t, a, to, thief); n == 0 {
+		t.Fatal("the certificate is no good to begin with")
+	}
+
+	relabel("{app: other}")
+	seen := accepted(t, db, banner)
+	resumptions := 0
+	for range 5 {
+		if resumed, n := session(t, a, to, thief); n != 0 {
+			t.Errorf("%d bytes under the old identity; resumed: %t", n, resumed)
+		} else if resumed {
+			resumptions++
+		}
+	}
+	if resumptions == 0 {
+		t.Error("no session was resumed: that they are refused is not shown")
+	}
+	wantNothing(t, probe(t, a, to.Addr(), banner))
+	if got := accepted(t, db, banner); got != seen {
+		t.Errorf("the app accepted %d connections", got-seen)
+	}
+	wantReached(t, probe(t, b, to.Addr(), banner), "shop/db")
+	if _, n := session(t, b, to, thief); n == 0 {
+		t.Error("the identity is refused from the twin's address, too")
+	}
+	if f := flow(); f.FromID != "" {
+		t.Errorf("let in: %+v", f)
+	}
+
+	relabel("{app: api, version: \"2\"}")
+	if got, want := flow().FromID, identityOf(t, s, "shop/api-a").String(); got != want || got == old.String() {
+		t.Errorf("db saw %q, not %s", got, want)
+	}
+	if _, n := session(t, a, to, thief); n != 0 {
+		t.Errorf("%d bytes under the first identity", n)
+	}
+	relabel("{app: api}")
+	if got := flow().FromID; got != old.String() {
+		t.Errorf("with its first labels db saw %q, not %s", got, old)
+	}
+}
+
 // deleted: a pod is deleted, and its containers run on, which the node may be long in ending. Its agent gets no configuration any more, and no
 // new certificate; the one that it has is good until it ends, and no session goes on for longer than it may.
 func deleted(t *testing.T, s *sandbox.Sandbox, log *journal) {
@@ -222,7 +309,13 @@ func deleted(t *testing.T, s *sandbox.Sandbox, log *journal) {
 	if err := once(t.Context(), ghost, to, 0); err != nil {
 		t.Fatalf("before: %v", err)
 	}
-	if err := s.ControlPlane().Delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api-b"}}); err != nil {
+	// Another pod takes its place, its name and its addresses, before anybody notices: an evil one.
+	next := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api-b", UID: "another", Labels: map[string]string{"app": "evil"},
+		Annotations: map[string]string{policy.SidecarAnnotation: policy.SidecarInjected}}, Status: corev1.PodStatus{Phase: corev1.PodRunning}}
+	for _, a := range ghost.Spec().IPs {
+		next.Status.PodIPs = append(next.Status.PodIPs, corev1.PodIP{IP: a.String()})
+	}
+	if err := s.ControlPlane().Apply(next); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "the stream's end, and a stream and a certificate to be refused", func() bool {
@@ -231,8 +324,8 @@ func deleted(t *testing.T, s *sandbox.Sandbox, log *journal) {
 			strings.Contains(log.String(), `msg="no identity signed" code=NotFound reason="pod shop/api-b: unknown pod`)
 	})
 	for _, c := range s.ControlPlane().Server().Ledger().Snapshot() {
-		if c.Client == server.Client("shop/api-b") {
-			t.Errorf("the control plane still has a client %+v", c)
+		if c.Client == server.Client("shop/api-b") && c.Connected {
+			t.Errorf("the pod before it is served what is for its successor: %+v", c)
 		}
 	}
 	began := time.Now()
