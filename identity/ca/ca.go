@@ -4,6 +4,8 @@
 //	  │                            └──────► X.509-SVID of the control plane's server, with DNS names and addresses
 //	  └── trust bundle, with any further roots
 //
+// Roots are replaced while all of it runs: see [Rotation].
+//
 // The root is made here ([New]) or comes from outside ([Load]), where an intermediate may stand in for it. What is signed follows
 // the X509-SVID specification of SPIFFE: exactly one URI SAN, CA:false, digitalSignature, and no subject.
 //
@@ -23,6 +25,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -54,9 +57,16 @@ type Config struct {
 
 // CA signs X.509-SVIDs of one trust domain. It is safe for concurrent use.
 type CA struct {
-	td     spiffeid.TrustDomain
-	ttl    time.Duration
-	now    func() time.Time
+	td  spiffeid.TrustDomain
+	ttl time.Duration
+	now func() time.Time
+
+	mu sync.RWMutex
+	issuer
+}
+
+// issuer is what a CA signs with, and what it has trusted.
+type issuer struct {
 	key    crypto.Signer
 	signer *x509.Certificate   // belongs to key
 	chain  []*x509.Certificate // follows a leaf: signer and its issuers up to but without a root; empty where a root signs
@@ -121,8 +131,17 @@ func (c *CA) TTL() time.Duration { return c.ttl }
 // TrustDomain returns the trust domain whose identities the CA signs.
 func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
 
+// present is the issuer at this moment.
+func (c *CA) present() issuer {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.issuer
+}
+
 // Bundle returns the trust bundle: all roots, as a value of its own.
-func (c *CA) Bundle() *x509bundle.Bundle { return x509bundle.FromX509Authorities(c.td, c.roots) }
+func (c *CA) Bundle() *x509bundle.Bundle {
+	return x509bundle.FromX509Authorities(c.td, c.present().roots)
+}
 
 // GetX509BundleForTrustDomain makes the CA an x509bundle.Source of its own trust domain.
 func (c *CA) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
@@ -159,13 +178,13 @@ func (c *CA) issue(key *ecdsa.PublicKey, id spiffeid.ID, extra sans) ([]*x509.Ce
 	if !id.MemberOf(c.td) {
 		return nil, fmt.Errorf("sign for %s: not in trust domain %q", id, c.td)
 	}
-	now := c.now()
-	if now.Before(c.signer.NotBefore) || now.After(c.signer.NotAfter) {
+	now, by := c.now(), c.present()
+	if now.Before(by.signer.NotBefore) || now.After(by.signer.NotAfter) {
 		return nil, fmt.Errorf("sign for %s: the authority's certificate is valid from %s to %s only; replace it", id,
-			c.signer.NotBefore.UTC().Format(time.RFC3339), c.signer.NotAfter.UTC().Format(time.RFC3339))
+			by.signer.NotBefore.UTC().Format(time.RFC3339), by.signer.NotAfter.UTC().Format(time.RFC3339))
 	}
 	end := now.Add(c.ttl)
-	for _, issuer := range append([]*x509.Certificate{c.signer}, c.chain...) {
+	for _, issuer := range append([]*x509.Certificate{by.signer}, by.chain...) {
 		if issuer.NotAfter.Before(end) {
 			end = issuer.NotAfter // a leaf that seems to outlive its issuer would be renewed too late
 		}
@@ -187,11 +206,11 @@ func (c *CA) issue(key *ecdsa.PublicKey, id spiffeid.ID, extra sans) ([]*x509.Ce
 	for _, a := range extra.addrs {
 		leaf.IPAddresses = append(leaf.IPAddresses, net.IP(a.Unmap().AsSlice()))
 	}
-	cert, err := create(leaf, c.signer, key, c.key)
+	cert, err := create(leaf, by.signer, key, by.key)
 	if err != nil {
 		return nil, fmt.Errorf("sign for %s: %w", id, err)
 	}
-	return append([]*x509.Certificate{cert}, c.chain...), nil
+	return append([]*x509.Certificate{cert}, by.chain...), nil
 }
 
 // create signs a template; without a parent it is self-signed.

@@ -153,7 +153,7 @@ func TestLoadRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	deep, deepKey := intermediate(t, a, func(c *x509.Certificate) { c.MaxPathLenZero = false; c.MaxPathLen = 5 })
-	sub := &CA{td: td, signer: deep, key: deepKey}
+	sub := &CA{td: td, issuer: issuer{signer: deep, key: deepKey}}
 	deeper, deeperKey := intermediate(t, sub, func(*x509.Certificate) {})
 	tooDeep := under(t, a, deeper, deeperKey)
 	tooDeep.Chain = append(encode([]*x509.Certificate{deeper, deep}), ma.Chain...)

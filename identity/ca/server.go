@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -16,13 +17,14 @@ import (
 
 // Server is the X.509-SVID source of the control plane's own server: spiffe://<trust domain>/mantlet/control-plane, and the DNS
 // names and addresses under which clients without SPIFFE find it. A new key and certificate are made once half of the validity
-// is over, by whoever asks first; no goroutine is needed.
+// is over, or when the CA signs with another key, by whoever asks first; no goroutine is needed.
 type Server struct {
 	ca    *CA
 	extra sans
 
 	mu    sync.Mutex
 	svid  *x509svid.SVID
+	by    *x509.Certificate // signed it
 	renew time.Time
 }
 
@@ -43,7 +45,8 @@ func (s *Server) GetX509SVID() (*x509svid.SVID, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.ca.now()
-	if s.svid != nil && now.Before(s.renew) {
+	by := s.ca.present().signer
+	if s.svid != nil && s.by == by && now.Before(s.renew) {
 		return s.svid, nil
 	}
 	id := identity.ControlPlane(s.ca.td)
@@ -55,7 +58,7 @@ func (s *Server) GetX509SVID() (*x509svid.SVID, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.svid = &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}
+	s.svid, s.by = &x509svid.SVID{ID: id, Certificates: chain, PrivateKey: key}, by
 	s.renew = now.Add(chain[0].NotAfter.Sub(now) / 2)
 	return s.svid, nil
 }

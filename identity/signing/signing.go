@@ -44,11 +44,15 @@ type Server struct {
 	lookup   attest.Lookup
 	signer   Signer
 	log      *slog.Logger
+	signed   func(attest.Pod, *x509.Certificate, *x509bundle.Bundle)
 }
+
+// OnSigned has a function told of each certificate that a pod is given, and of the roots that come with it. It is for before Register.
+func (s *Server) OnSigned(f func(attest.Pod, *x509.Certificate, *x509bundle.Bundle)) { s.signed = f }
 
 // New returns a Server that signs for the pods that the attestor attests, each for the identity that lookup finds.
 func New(attestor attest.Attestor, lookup attest.Lookup, signer Signer, log *slog.Logger) *Server {
-	return &Server{attestor: attestor, lookup: lookup, signer: signer, log: log}
+	return &Server{attestor: attestor, lookup: lookup, signer: signer, log: log, signed: func(attest.Pod, *x509.Certificate, *x509bundle.Bundle) {}}
 }
 
 // Register adds the service to a gRPC server, which must use TLS (see ServerTLS).
@@ -76,9 +80,11 @@ func (s *Server) Sign(ctx context.Context, req *mantletv1.SignRequest) (*mantlet
 	for _, c := range chain {
 		resp.CertificateChain = append(resp.CertificateChain, c.Raw)
 	}
-	for _, root := range s.signer.Bundle().X509Authorities() {
+	bundle := s.signer.Bundle()
+	for _, root := range bundle.X509Authorities() {
 		resp.TrustBundle = append(resp.TrustBundle, root.Raw)
 	}
+	s.signed(pod, chain[0], bundle)
 	log.Info("identity signed", "serial", chain[0].SerialNumber.Text(16), "until", chain[0].NotAfter)
 	return resp, nil
 }
