@@ -45,17 +45,21 @@ type ControlPlane struct {
 	log      *slog.Logger
 	xds      *server.Server
 
-	mu       sync.Mutex
-	index    *policy.Index
-	hashes   map[string]string    // of the verdicts that are in force, by subject key
-	rendered map[string]*rendered // by subject key; only of subjects with sidecars
-	packets  packets
-	nodes    map[string]nodeResources // by node addresses
-	static   []*server.Resource       // clusters, the same for everybody
-	demand   demand
-	loaded   bool        // objects are complete: nothing is published before
-	expiry   *time.Timer // of what is retired; nil: nothing is
-	closed   bool
+	authority *ca.CA // signs for the pods; nil: somebody else does
+
+	mu           sync.Mutex
+	given        map[string]given // by pod: what the authority gave it last
+	givenChanged chan struct{}    // closed when given changes
+	index        *policy.Index
+	hashes       map[string]string    // of the verdicts that are in force, by subject key
+	rendered     map[string]*rendered // by subject key; only of subjects with sidecars
+	packets      packets
+	nodes        map[string]nodeResources // by node addresses
+	static       []*server.Resource       // clusters, the same for everybody
+	demand       demand
+	loaded       bool        // objects are complete: nothing is published before
+	expiry       *time.Timer // of what is retired; nil: nothing is
+	closed       bool
 }
 
 // rendered is what is made of one subject's verdicts.
@@ -91,6 +95,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		now:      c.Now,
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
+		given:    map[string]given{}, givenChanged: make(chan struct{}),
 		hashes:   map[string]string{},
 		rendered: map[string]*rendered{},
 		packets:  packets{},

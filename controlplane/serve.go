@@ -31,7 +31,10 @@ func NewServer(c Config, authority *ca.CA, attestor attest.Attestor, sc server.C
 		return nil, nil, err
 	}
 	g := grpc.NewServer(append(server.ServerOptions(), grpc.Creds(credentials.NewTLS(signing.ServerTLS(own, authority))))...)
-	signing.New(attestor, cp.Identity, authority, cp.log).Register(g)
+	cp.authority = authority
+	identities := signing.New(attestor, cp.Identity, authority, cp.log)
+	identities.OnSigned(cp.note)
+	identities.Register(g)
 	cp.xds.Register(g)
 	return cp, g, nil
 }

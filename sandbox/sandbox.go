@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -363,7 +364,7 @@ func (s *Sandbox) launch(run agentRun, p *pod) error {
 // agentRun is what all agents are started with. The first time it lays out their files.
 func (s *Sandbox) agentRun() (agentRun, error) {
 	run := agentRun{
-		binary: s.cfg.Binaries.Agent, envoy: filepath.Join(s.dir, "envoy"), bundle: filepath.Join(s.dir, "bundle.pem"),
+		binary: s.cfg.Binaries.Agent, envoy: filepath.Join(s.dir, "envoy"), bundle: s.bundleFile(),
 		trustDomain: s.cfg.Policy.TrustDomain.Name(), single: s.enclosure.SingleUID, lifetimes: s.cfg.Lifetimes,
 	}
 	if s.envoy != "" {
@@ -373,11 +374,7 @@ func (s *Sandbox) agentRun() (agentRun, error) {
 		return run, err
 	}
 	s.envoy = run.envoy
-	bundle, err := s.authority.Bundle().Marshal()
-	if err != nil {
-		return run, err
-	}
-	return run, os.WriteFile(run.bundle, bundle, 0o644)
+	return run, s.writeBundle(s.authority.Bundle())
 }
 
 // Pod is a pod's network namespace, to run something else in.
@@ -396,6 +393,22 @@ func (s *Sandbox) Network() *netns.Network { return s.network }
 
 // Authority is the CA that signs the pods' identities. With its key one can play an attacker who has stolen an identity.
 func (s *Sandbox) Authority() *ca.CA { return s.authority }
+
+// RotateRoot has the authority go over to another root, in steps that nobody notices (see controlplane.Rotate).
+func (s *Sandbox) RotateRoot(ctx context.Context, next ca.Material) error {
+	return s.cp.Rotate(ctx, next, s.writeBundle)
+}
+
+// writeBundle is where agents that start read whom they trust at first.
+func (s *Sandbox) writeBundle(b *x509bundle.Bundle) error {
+	text, err := b.Marshal()
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(s.bundleFile(), text, 0o644)
+}
+
+func (s *Sandbox) bundleFile() string { return filepath.Join(s.dir, "bundle.pem") }
 
 // ControlPlane is the running control plane; nil while it is stopped.
 func (s *Sandbox) ControlPlane() *controlplane.ControlPlane { return s.cp }
