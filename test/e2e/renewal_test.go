@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/source"
+	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/sandbox"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/sandbox/netns"
@@ -59,6 +61,7 @@ func TestIdentityInTime(t *testing.T) {
 	s, m, log := age(t, lifetimes)
 	t.Run("renewal", func(t *testing.T) { renewal(t, s) })
 	t.Run("relabelled", func(t *testing.T) { relabelled(t, s, m) })
+	t.Run("roots", func(t *testing.T) { roots(t, s) })
 	t.Run("deleted", func(t *testing.T) { deleted(t, s, log) })
 }
 
@@ -299,6 +302,72 @@ func relabelled(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 	if got := flow().FromID; got != old.String() {
 		t.Errorf("with its first labels db saw %q, not %s", got, old)
 	}
+}
+
+// roots: the authority goes over to another root under traffic. Nothing is lost, nothing refused; then the old root is good for nothing, and
+// an Envoy that starts anew is let in by the control plane under the new one.
+func roots(t *testing.T, s *sandbox.Sandbox) {
+	db, a := pod(t, s, "shop/db"), pod(t, s, "shop/api-a")
+	to := netip.AddrPortFrom(db.Spec().IPs[0], echo)
+	api := identityOf(t, s, "shop/api-a")
+	material, err := s.Authority().Material()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := ca.Load(ca.Config{TrustDomain: trustDomain}, material)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := ca.New(ca.Config{TrustDomain: trustDomain})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := other.Material()
+	if err != nil {
+		t.Fatal(err)
+	}
+	banners := netip.AddrPortFrom(to.Addr(), banner)
+	if _, n := session(t, a, banners, meshTLS(genuine(t, old, api))); n == 0 {
+		t.Fatal("the old root's certificates are no good to begin with")
+	}
+	stop := traffic(t, a, to)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	if err := s.RotateRoot(ctx, next); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if !s.Authority().Bundle().Equal(other.Bundle()) {
+		t.Error("the old root is still trusted")
+	}
+	if n := steal(t, a, banners, meshTLS(genuine(t, old, api)), ""); n != 0 {
+		t.Errorf("%d bytes by a certificate of the old root", n)
+	}
+	if _, n := session(t, a, banners, meshTLS(genuine(t, s.Authority(), api))); n == 0 {
+		t.Error("no byte by a certificate of the new root")
+	}
+	conn, err := past(t, a, banners)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	shown := tls.Client(conn, meshTLS(genuine(t, s.Authority(), api)))
+	if err := shown.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !other.Signed(shown.ConnectionState().PeerCertificates[0]) {
+		t.Error("db shows a certificate that the new root has not signed")
+	}
+	if behind := s.ControlPlane().Behind(); len(behind) > 0 {
+		t.Errorf("behind are %v", behind)
+	}
+	// Envoy starts anew: its stream to the control plane is a new one.
+	sc := sidecarOf(t, "shop/db")
+	if err := syscall.Kill(sc.envoy, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "another Envoy", func() bool { e := sidecarOf(t, "shop/db").envoy; return e != 0 && e != sc.envoy })
+	await(t, "db to be back", func() bool { return once(t.Context(), a, to, 1) == nil })
 }
 
 // deleted: a pod is deleted, and its containers run on, which the node may be long in ending. Its agent gets no configuration any more, and no

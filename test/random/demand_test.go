@@ -22,6 +22,8 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
+	"k8s.io/apimachinery/pkg/types"
+
 	"github.com/mantlet/mantlet/controlplane"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/test/oracle"
@@ -54,10 +56,14 @@ func clustersFollowChanges(t *testing.T, s uint64) {
 				continue
 			}
 			name := key(p)
+			if sc := sidecars[name]; sc != nil && sc.uid != p.UID { // another pod of that name: the one before it is sent away
+				sc.awaitEnd(t)
+			}
 			if sc := sidecars[name]; sc == nil || sc.ended() != nil {
 				sidecars[name] = connect(t, conn, name)
 			}
 			sc := sidecars[name]
+			sc.uid = p.UID
 			sc.subscribe(all)
 			sc.await(t, cp, all)
 			for _, cluster := range all {
@@ -139,6 +145,7 @@ func serve(t *testing.T, cp *controlplane.ControlPlane) *grpc.ClientConn {
 // sidecar is as much of an Envoy as asks for resources and ACKs whatever comes.
 type sidecar struct {
 	name   string
+	uid    types.UID
 	stream discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
 
 	mu       sync.Mutex
@@ -199,6 +206,23 @@ func (sc *sidecar) ended() error {
 	sc.mu.Lock()
 	defer sc.mu.Unlock()
 	return sc.err
+}
+
+func (sc *sidecar) awaitEnd(t *testing.T) {
+	t.Helper()
+	for deadline := time.After(20 * time.Second); ; {
+		sc.mu.Lock()
+		changed, err := sc.changed, sc.err
+		sc.mu.Unlock()
+		if err != nil {
+			return
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatalf("the stream of %s goes on, and the pod is another one", sc.name)
+		}
+	}
 }
 
 func (sc *sidecar) holds(cluster string) string {
