@@ -22,8 +22,12 @@ type flowLog struct {
 	byApp   map[netip.AddrPort]flows.Record // by the sidecar's own address towards the app, which is what the app sees
 	order   []netip.AddrPort                // of byApp, oldest first; some are gone
 	changed chan struct{}                   // closed at the next record
+	revoked []flows.Record                  // the last mostRevoked of connections that were cut, oldest first
 	err     error
 }
+
+// mostRevoked bounds what is kept of connections that were cut.
+const mostRevoked = 1000
 
 func newFlowLog() *flowLog {
 	return &flowLog{byApp: map[netip.AddrPort]flows.Record{}, changed: make(chan struct{})}
@@ -43,6 +47,11 @@ func (f *flowLog) Write(b []byte) (int, error) {
 		var r flows.Record
 		if err := json.Unmarshal(line, &r); err != nil {
 			f.err = fmt.Errorf("flow record %q: %w", line, err)
+			continue
+		}
+		if r.Verdict == flows.Revoked {
+			f.revoked = append(f.revoked, r)
+			f.revoked = f.revoked[max(0, len(f.revoked)-mostRevoked):]
 			continue
 		}
 		if r.Direction == flows.Inbound && r.UpstreamLocal.IsValid() {
@@ -88,6 +97,18 @@ func (f *flowLog) wait(ctx context.Context, seen netip.AddrPort) (flows.Record, 
 			return r, ctx.Err()
 		}
 	}
+}
+
+// findRevoked returns the newest record of a connection that was cut for which is holds.
+func (f *flowLog) findRevoked(is func(*flows.Record) bool) (flows.Record, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range slices.Backward(f.revoked) {
+		if is(&r) {
+			return r, true
+		}
+	}
+	return flows.Record{}, false
 }
 
 func (f *flowLog) close() error {

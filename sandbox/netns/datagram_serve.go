@@ -107,7 +107,7 @@ func (d *datagramSocket) take(fd int) error {
 	if len(d.seen) <= mostArrivals { // one more than may be: that it was too many is seen by that
 		d.seen = append(d.seen, Arrival{Nonce: nonce, Port: d.port, From: client})
 	}
-	text, err := json.Marshal(answer{Pod: d.server.name, Port: d.port, Nonce: nonce, Seen: client})
+	text, err := json.Marshal(Answer{Pod: d.server.name, Port: d.port, Nonce: nonce, Seen: client})
 	if err != nil {
 		return nil
 	}

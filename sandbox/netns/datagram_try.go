@@ -115,7 +115,7 @@ func (o *Outcome) listen(ctx context.Context, conn net.Conn, until time.Time) {
 			return
 		}
 		line := bytes.TrimSpace(buffer[:n])
-		var a answer
+		var a Answer
 		if json.Unmarshal(line, &a) == nil && a.Nonce != o.Target.Nonce {
 			continue // to somebody who had this source port before
 		}

@@ -89,11 +89,11 @@ func (s *server) accept(l net.Listener, p Port) {
 	}
 }
 
-// talk answers once at the start or once per line, and leaves closing to the client.
+// talk answers each line, and says the same once at the start where the server speaks first; it leaves closing to the client.
 func (s *server) talk(conn net.Conn, p Port, seen netip.AddrPort) {
 	defer func() { _ = conn.Close() }()
 	send := json.NewEncoder(conn) // ends each value with a newline
-	a := answer{Pod: s.name, Port: p.Number, Seen: seen}
+	a := Answer{Pod: s.name, Port: p.Number, Seen: seen}
 	if p.Speaks == ServerFirst && send.Encode(a) != nil {
 		return
 	}
@@ -103,11 +103,9 @@ func (s *server) talk(conn net.Conn, p Port, seen netip.AddrPort) {
 		if err != nil {
 			return
 		}
-		if p.Speaks == ClientFirst {
-			a.Nonce = strings.TrimRight(line, "\r\n")
-			if send.Encode(a) != nil {
-				return
-			}
+		a.Nonce = strings.TrimRight(line, "\r\n")
+		if send.Encode(a) != nil {
+			return
 		}
 	}
 }

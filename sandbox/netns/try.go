@@ -103,7 +103,7 @@ func try(ctx context.Context, t Target, timeout time.Duration) (o Outcome) {
 
 // take reads the server's answer.
 func (o *Outcome) take(line []byte) {
-	var a answer
+	var a Answer
 	if err := json.Unmarshal(line, &a); err != nil || a.Pod == "" {
 		o.Err = fmt.Sprintf("the answer is not a probe server's: %.60q", line)
 		return

@@ -11,7 +11,7 @@ type Speaks string
 // Who speaks first.
 const (
 	ClientFirst Speaks = "client" // the client sends a line, the server answers with one
-	ServerFirst Speaks = "server" // the server sends its line at once, as databases and mail servers send a banner
+	ServerFirst Speaks = "server" // the server sends a line at once, as databases and mail servers send a banner
 )
 
 // Port is a port on which a pod's probe server listens.
@@ -97,8 +97,8 @@ type Arrivals struct {
 	Lost int `json:"lost,omitempty"`
 }
 
-// answer is the line that a probe server sends.
-type answer struct {
+// Answer is the line, JSON, that a probe server sends.
+type Answer struct {
 	Pod   string         `json:"pod"`
 	Port  uint16         `json:"port"`
 	Nonce string         `json:"nonce,omitempty"`
