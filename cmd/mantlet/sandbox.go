@@ -33,6 +33,7 @@ type sandboxOptions struct {
 	flows, edits   int
 	watch, verbose bool
 	resumption     string
+	streams        []string
 }
 
 // check refuses what cannot go together before anything is started.
@@ -40,11 +41,18 @@ func (o sandboxOptions) check(in *input, args []string) error {
 	if _, err := xds.ParseResumption(o.resumption); err != nil {
 		return fmt.Errorf("--%w", err)
 	}
+	for _, text := range o.streams {
+		if _, err := parseRoute(text); err != nil {
+			return err
+		}
+	}
 	switch {
 	case o.edits < 0:
 		return fmt.Errorf("--edits %d: want 0 or more\n  hint: 100 edits make a percentile that means something", o.edits)
 	case o.edits > 0 && in.output != "table":
 		return fmt.Errorf("--edits reports to people and not as %s\n  hint: leave out -o", in.output)
+	case !o.watch && len(o.streams) > 0:
+		return errors.New("--stream shows what edits do to open connections, and without --watch there are none\n  hint: add --watch")
 	case !o.watch:
 		return nil
 	case in.output != "table":
@@ -87,6 +95,7 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 	cmd.Flags().IntVar(&opts.edits, "edits", 0, "then take policies away and put them back, so many times in all, and tell how long each took to be in force")
 	cmd.Flags().BoolVarP(&opts.watch, "watch", "w", false, "keep running and apply the edits of the manifests as they happen")
 	cmd.Flags().StringVar(&opts.resumption, "resumption", "on", "whether sidecars resume TLS sessions: on or off")
+	cmd.Flags().StringArrayVar(&opts.streams, "stream", nil, "with --watch, keep a connection busy: NAMESPACE/POD=NAMESPACE/POD:PORT, and tell for each edit whether it was cut, how fast and why (repeatable)")
 	cmd.Flags().BoolVarP(&opts.verbose, "verbose", "v", false, "log what the control plane does, on standard error")
 	return cmd
 }
@@ -94,21 +103,25 @@ compared with the evaluator's; if one differs the exit code is 3. Nothing is lef
 // outside checks what can be checked without privileges, so that bad input is refused before anything is started, and then runs the
 // same command once more inside its own namespaces.
 func outside(in *input, args []string, opts sandboxOptions) error {
-	if _, err := sandbox.FindBinaries(); err != nil {
-		return err
-	}
 	for _, f := range append(slices.Clone(in.files), args...) {
 		if f == "-" { // can be read once only: inside
 			return reenter(opts)
 		}
 	}
-	if _, err := in.read(args, io.Discard); err != nil {
+	w, err := in.read(args, io.Discard)
+	if err != nil {
+		return err
+	}
+	if err := checkRoutes(opts.streams, w.manifests); err != nil {
 		return err
 	}
 	return reenter(opts)
 }
 
 func reenter(opts sandboxOptions) error {
+	if _, err := sandbox.FindBinaries(); err != nil {
+		return err
+	}
 	var files []*os.File
 	if opts.watch {
 		door, err := console.Listen()
@@ -184,7 +197,9 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 		mismatches = res.Report.Summary.Mismatches
 		if opts.watch {
 			endConsole := serveConsole(ctx, s, log)
-			mismatches, err = in.watch(ctx, cmd, s, w)
+			var more int
+			more, err = in.watch(ctx, cmd, s, w, opts.streams)
+			mismatches += more
 			err = errors.Join(err, endConsole())
 		}
 	}

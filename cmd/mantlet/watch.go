@@ -20,7 +20,7 @@ import (
 
 // watch applies the edits of the manifests to the running sandbox until it is interrupted, and says for each what changed in
 // connectivity and how long it took. It returns how many connections differed from what the evaluator says.
-func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandbox, w *world) (mismatches int, err error) {
+func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandbox, w *world, routes []string) (mismatches int, err error) {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return 0, fmt.Errorf("watch the manifests: %w", err)
@@ -32,6 +32,12 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 	out, stderr := cmd.OutOrStdout(), cmd.ErrOrStderr()
 	var took latencies
 	defer func() { took.report(out) }()
+	open, err := newStreams(s, out, routes)
+	if err != nil {
+		return 0, err
+	}
+	open.begin(ctx)
+	defer func() { mismatches += open.end(ctx) }()
 	fmt.Fprintln(stderr, "watching for edits; Ctrl-C ends it; `mantlet sandbox shell POD` enters a pod")
 	for {
 		select {
@@ -58,7 +64,7 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 			continue
 		}
 		took.add(change)
-		n, err := in.report(ctx, out, s, w, next, change, written)
+		n, err := in.report(ctx, out, s, w, next, change, written, open)
 		if err != nil {
 			return mismatches, err
 		}
@@ -129,8 +135,8 @@ func (in *input) reread(w *world) (*world, error) {
 	return next, err
 }
 
-// report tells what an edit changed, by the evaluator and then by packets.
-func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, old, next *world, c *sandbox.Change, written time.Time) (mismatches int, err error) {
+// report tells what an edit changed: for streams, by the evaluator, and then by packets.
+func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, old, next *world, c *sandbox.Change, written time.Time, open *streams) (mismatches int, err error) {
 	fmt.Fprintf(out, "\n%s  %s\n", written.Format(time.TimeOnly), strings.Join(c.Objects, ", "))
 	if len(c.Sidecars) == 0 {
 		fmt.Fprintln(out, "  no running sidecar had to be told")
@@ -138,6 +144,7 @@ func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, 
 		fmt.Fprintf(out, "  in force after %s (%s after it was written) in %d sidecars, %d bytes of %s: %s\n", c.InForce.Round(10*time.Microsecond),
 			c.Began.Add(c.InForce).Sub(written).Round(time.Millisecond), len(c.Sidecars), c.Bytes, strings.Join(c.Types, ", "), strings.Join(c.Sidecars, ", "))
 	}
+	mismatches = open.report(ctx, c)
 	was := verdicts(matrix.Simulate(old.index, old.attempts))
 	res, err := s.Try(ctx, next.attempts)
 	if err != nil {
@@ -160,7 +167,7 @@ func (in *input) report(ctx context.Context, out io.Writer, s *sandbox.Sandbox, 
 	sum := res.Report.Summary
 	fmt.Fprintf(out, "  %d connections tried: %d allowed (%d authenticated), %d denied, %d differ from the evaluator\n",
 		sum.Connections, sum.Allowed, sum.Authenticated, sum.Denied, sum.Mismatches)
-	return sum.Mismatches, nil
+	return mismatches + sum.Mismatches, nil
 }
 
 func verdicts(r *matrix.Report) map[string]string {
