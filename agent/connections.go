@@ -15,6 +15,7 @@ func (a *agent) watchConnections() (err error) {
 	}
 	a.revoker, err = revoke.New(revoke.Config{
 		Verdicts: a.verdicts, Envoy: owner, Logger: a.cfg.Logger,
+		Coming: func() bool { return a.relay.Coming(names.TypeVerdicts) },
 		Record: func(r flows.Record) {
 			r.Self = a.self()
 			a.flows.Add(r)

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -26,6 +27,7 @@ type own struct {
 	Own
 	logger    *slog.Logger
 	responses chan ownResponse
+	coming    atomic.Int32 // responses that have been received and not yet been taken
 
 	mu      sync.Mutex
 	current *planeSide
@@ -50,6 +52,13 @@ func (r *Relay) Subscribe(o Own) {
 	r.own[o.TypeURL] = &own{Own: o, logger: r.logger, responses: make(chan ownResponse, ownQueue)}
 }
 
+// Coming reports whether something has been received for an Own that Apply has not been done with. What is for Envoy and was sent after it
+// may be in force there already.
+func (r *Relay) Coming(typeURL string) bool {
+	o := r.own[typeURL]
+	return o != nil && o.coming.Load() > 0
+}
+
 // serveOwn applies what comes for one Own until the relay is closed.
 func (r *Relay) serveOwn(o *own) {
 	for {
@@ -57,7 +66,9 @@ func (r *Relay) serveOwn(o *own) {
 		case <-r.closed.Done():
 			return
 		case m := <-o.responses:
-			if answer, ok := o.take(m); ok {
+			answer, ok := o.take(m)
+			o.coming.Add(-1)
+			if ok {
 				r.do(r.closed, func() { r.machine.answerOwn(m.side, answer) })
 			}
 		}

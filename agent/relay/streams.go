@@ -161,10 +161,12 @@ func (r *Relay) receiveFromPlane(ctx context.Context, side *planeSide, up grpc.C
 		if resp.nonce == "" {
 			return errors.New("the control plane sent a response for the agent without a nonce")
 		}
+		o.coming.Add(1)
 		select {
 		case o.responses <- ownResponse{side, resp}:
 			return nil
 		case <-ctx.Done():
+			o.coming.Add(-1)
 			return ctx.Err()
 		}
 	}

@@ -22,8 +22,9 @@
 //
 // # Why none is cut that newer policy admits
 //
-// The control plane sends Verdicts before anything that is for Envoy (xds/server), and the relay has the agent apply them before it hands
-// on what follows. So whatever Envoy lets pass, the agent's verdicts are at least as new.
+// The control plane sends Verdicts before anything that is for Envoy (xds/server), so the relay receives them first. It does not wait for them
+// to be applied (relay.Coming tells that they have yet to be): a connection that the verdicts in force deny, and that is younger than a
+// second, is judged again every other millisecond as long as newer ones are about to be applied.
 //
 // # Why only those
 //

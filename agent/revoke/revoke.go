@@ -20,6 +20,8 @@ import (
 // Config says what a Revoker works with. All fields are required.
 type Config struct {
 	Verdicts *verdicts.Holder
+	// Coming reports whether newer verdicts have been received and not yet been applied.
+	Coming func() bool
 	// Envoy tells Envoy's own sockets from all others in the namespace: by user (ByUser), or by mark (ByMark).
 	Envoy  Owner
 	Record func(flows.Record) // takes down each connection that was cut
@@ -45,6 +47,7 @@ type connection struct {
 	told   time.Time   // when
 	closed bool        // Envoy is done with it, and what it sent is still on its way
 	cut    bool        // its sockets are being destroyed
+	waits  bool        // it is judged again in a moment
 }
 
 // New opens the kernel's interface in the network namespace of the calling thread.
@@ -142,12 +145,35 @@ func (r *Revoker) judge(list []sentence, n *connection) []sentence {
 	if n.Always || n.cut {
 		return list
 	}
+	coming := r.cfg.Coming() && time.Since(n.told) < longest
 	d := decide(r.cfg.Verdicts.Current(), n)
-	if d.Allowed {
+	switch {
+	case d.Allowed:
+		return list
+	case coming: // Envoy may have let it pass by verdicts that are not in force here yet
+		if !n.waits {
+			n.waits = true
+			time.AfterFunc(moment, func() { r.judgeAgain(n) })
+		}
 		return list
 	}
 	n.cut = true
 	return append(list, sentence{n, d.Reason})
+}
+
+const (
+	// moment is how long a young connection waits for verdicts that are about to be applied before it is judged again …
+	moment = 2 * time.Millisecond
+	// … and longest how old one may be that waits.
+	longest = time.Second
+)
+
+func (r *Revoker) judgeAgain(n *connection) {
+	r.mu.Lock()
+	n.waits = false
+	denied := r.judge(nil, n)
+	r.mu.Unlock()
+	r.cut(denied)
 }
 
 func decide(v *verdicts.Current, n *connection) verdict.Decision {

@@ -111,6 +111,32 @@ func TestLate(t *testing.T) {
 	})
 }
 
+// Newer verdicts have been received and are not yet applied: what they may have let pass is not cut by the old ones, an old connection is.
+func TestComing(t *testing.T) {
+	w := newWorld(t)
+	app, capture := listen(t, "127.0.0.1:0"), listen(t, fmt.Sprintf("127.0.0.1:%d", names.InboundPort))
+	port := addressOf(app.Addr()).Port()
+	w.admit(t, port, web)
+	old := connect(t, flows.Inbound, capture, app, web.String())
+	w.Opened(old.Connection)
+	w.mu.Lock()
+	w.open[ends{old.Local, old.Remote}].told = time.Now().Add(-longest)
+	w.mu.Unlock()
+	w.admit(t, port)
+	w.coming.Store(true)
+	stays, goes := connect(t, flows.Inbound, capture, app, api.String()), connect(t, flows.Inbound, capture, app, web.String())
+	w.Opened(stays.Connection)
+	w.Opened(goes.Connection)
+	w.sweep()
+	old.wantCut(t)
+	stays.wantOpen(t)
+	goes.wantOpen(t)
+	w.admit(t, port, api)
+	w.coming.Store(false)
+	goes.wantCut(t)
+	stays.wantOpen(t)
+}
+
 // A connection has ended and its ports are used again: whoever has them now loses nothing.
 func TestPortsUsedAgain(t *testing.T) {
 	each(t, func(t *testing.T, d flows.Direction, capture, app net.Listener) {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -52,6 +53,7 @@ const patience = 10 * time.Second
 type world struct {
 	*Revoker
 	holder *verdicts.Holder
+	coming atomic.Bool
 
 	mu      sync.Mutex
 	records []flows.Record
@@ -61,7 +63,7 @@ func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := &world{holder: verdicts.New()}
 	r, err := New(Config{
-		Verdicts: w.holder, Envoy: ByMark(names.ProxyMark), Logger: slog.New(slog.DiscardHandler),
+		Verdicts: w.holder, Coming: w.coming.Load, Envoy: ByMark(names.ProxyMark), Logger: slog.New(slog.DiscardHandler),
 		Record: func(r flows.Record) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
