@@ -24,7 +24,7 @@ const (
 	shortest = time.Second
 )
 
-// BuiltinConfig is what a Builtin needs. Everything but DialContext and MaxAge is required.
+// BuiltinConfig is what a Builtin needs. Everything but DialContext, MaxAge and Now is required.
 type BuiltinConfig struct {
 	Address     string                 // the control plane's gRPC server, "host:port"
 	TrustDomain spiffeid.TrustDomain   // of the workload and of the control plane
@@ -35,6 +35,8 @@ type BuiltinConfig struct {
 	DialContext func(ctx context.Context, addr string) (net.Conn, error)
 	// MaxAge renews earlier than at half-life where that would be later; zero: never earlier.
 	MaxAge time.Duration
+	// Now is the wall clock; nil: time.Now.
+	Now func() time.Time
 }
 
 // Builtin is the Source whose SVIDs Mantlet's own CA signs. It works while Run runs.
@@ -74,6 +76,9 @@ func NewBuiltin(cfg BuiltinConfig) (*Builtin, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", addr)
 		}
 	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	return &Builtin{
 		cfg:     cfg,
 		ready:   make(chan struct{}),
@@ -85,18 +90,22 @@ func NewBuiltin(cfg BuiltinConfig) (*Builtin, error) {
 
 // Run gets the first SVID as soon as it can and renews it until the context ends; then it returns nil. Attempts that fail are
 // logged and repeated, with waits that double from 0.1 s to 30 s, half of each random, so that the pods of a cluster do not
-// return in step after an outage.
+// return in step after an outage. When the wall clock is set, or the machine has slept, it renews within seconds: what was computed with the
+// clock of before means nothing any more.
 func (b *Builtin) Run(ctx context.Context) error {
 	if b.running.Swap(true) {
 		return errors.New("built-in identity source: Run is called twice")
 	}
 	var expiry <-chan time.Time // nil while there is no SVID
 	retry := firstRetry
+	wall := newClock(b.cfg.Now)
+	look := time.NewTicker(clockCheck)
+	defer look.Stop()
 	for {
 		var wait time.Duration
 		if next, err := b.attempt(ctx); err == nil {
 			b.replace(next)
-			left := time.Until(next.svid.Certificates[0].NotAfter)
+			left := next.svid.Certificates[0].NotAfter.Sub(b.cfg.Now().Round(0))
 			expiry = time.After(left)
 			wait, retry = b.renewIn(left), firstRetry
 			b.cfg.Log.Info("identity renewed", "id", next.svid.ID.String(),
@@ -117,6 +126,11 @@ func (b *Builtin) Run(ctx context.Context) error {
 				b.expire()
 			case <-b.renew:
 				break waiting
+			case <-look.C:
+				if moved := wall.set(); moved != 0 {
+					b.cfg.Log.Warn("the clock was set, or the machine slept: renewing the identity", "moved", moved)
+					break waiting
+				}
 			case <-due:
 				break waiting
 			}
@@ -159,7 +173,7 @@ func (b *Builtin) GetX509SVID() (*x509svid.SVID, error) {
 		return nil, errors.New("no valid X.509-SVID: the control plane has not signed one yet, or the last one has expired")
 	}
 	// The wall clock is asked each time: the timer for expiry does not run while the machine sleeps.
-	if end := b.svid.Certificates[0].NotAfter; !time.Now().Before(end) {
+	if end := b.svid.Certificates[0].NotAfter; !b.cfg.Now().Before(end) {
 		return nil, fmt.Errorf("X.509-SVID of %s expired at %s and is not renewed", b.svid.ID, end.UTC().Format(time.RFC3339))
 	}
 	return b.svid, nil
