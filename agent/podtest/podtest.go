@@ -35,11 +35,15 @@ var (
 // inside is set in the environment of the process that has its own network namespace.
 const inside = "MANTLET_PODTEST_INSIDE"
 
-// Main runs the tests of a package in a fresh network namespace, in a copy of the test process, and returns the exit code for
+// Main runs the tests of a package in fresh network and mount namespaces, in a copy of the test process, and returns the exit code for
 // TestMain. Whoever is not root gets a user namespace as well, in which there is one user only.
 func Main(m *testing.M) int {
 	if os.Getenv(inside) != "" {
-		if err := up(netlink.Handle{}, "lo"); err != nil {
+		err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") // what tests mount stays here
+		if err == nil {
+			err = up(netlink.Handle{}, "lo")
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, "podtest:", err)
 			return 1
 		}
@@ -49,7 +53,7 @@ func Main(m *testing.M) int {
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
