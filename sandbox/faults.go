@@ -58,10 +58,16 @@ func (s *Sandbox) updateUnserved(ctx context.Context, next *source.Manifests, d 
 	if err := s.dropPods(d.gone); err != nil {
 		return err
 	}
+	for _, o := range d.relabelled {
+		s.pods[o.Namespace+"/"+o.Name].spec = o
+	}
 	if err := s.network.SetServices(s.services()); err != nil {
 		return err
 	}
 	if err := s.makePods(ctx, d.fresh); err != nil {
+		return err
+	}
+	if err := s.nameHosts(); err != nil {
 		return err
 	}
 	_, err := s.launchAgents()

@@ -40,6 +40,15 @@ func TestSidecarsDie(t *testing.T) {
 			t.Errorf("%s has %d nftables rules after its agent came back, %d before", name, got, rules[name])
 		}
 	}
+
+	// The agents know the last good configuration: no control plane is needed.
+	s.StopControlPlane()
+	for _, name := range []string{"shop/s1", "shop/always"} {
+		killEnvoy(t, s, siege, name)
+		enough()
+	}
+	restart(t, s)
+	enough()
 	lift(t, siege)
 }
 
