@@ -208,7 +208,9 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return a.source.Run(rest) })
 	parts.Go(func() error { a.identity.follow(rest); return nil })
 	parts.Go(func() error { a.revoker.Run(rest); return nil })
-	parts.Go(func() error { return netfilter.Guard(rest, a.cfg.Logger, a.redirect, heldTable{a.hold}) })
+	parts.Go(func() error {
+		return netfilter.Guard(rest, a.cfg.Logger, a.redirect, a.packets, heldTable{a.hold})
+	})
 	parts.Go(func() error { return a.hold.run(rest) })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {

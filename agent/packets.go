@@ -11,7 +11,9 @@ import (
 
 // packets keeps the pod's policy on UDP and SCTP in the kernel.
 //
-//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► ACK
+//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► packet.Revoke (conntrack) ──► ACK
+//	                                                            ▲
+//	                                     netfilter.Guard ──Repair┘
 //
 // Until the first the pod is closed: nothing gets through but what is between it and its node. From then on the last that the kernel took is
 // in force, however long the control plane is away.
@@ -34,22 +36,48 @@ func closePackets(logger *slog.Logger) (*packets, error) {
 	return &packets{logger: logger, current: closed, changed: make(chan struct{})}, nil
 }
 
-// Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; then
-// the one before stays.
+// Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it and the flows
+// that it does not allow are ended, and otherwise why not; where the kernel has not taken it the one before stays.
 func (p *packets) Apply(b []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	next, err := wire.UnmarshalPackets(b)
 	if err == nil {
-		err = packet.Apply(next)
+		err = p.enforce(next)
 	}
 	p.refused = err
-	if err == nil {
-		p.current, p.known = next, true
-	}
 	close(p.changed)
 	p.changed = make(chan struct{})
 	return err
+}
+
+func (p *packets) enforce(next *verdict.Packets) error {
+	if err := packet.Apply(next); err != nil {
+		return err
+	}
+	p.current, p.known = next, true
+	n, err := packet.Revoke(next)
+	if n > 0 {
+		p.logger.Info("agent: ended flows of UDP or SCTP that policy does not allow any more", "flows", n)
+	}
+	return err
+}
+
+// Name, Check and Repair let netfilter.Guard look after the table.
+func (p *packets) Name() string { return packet.TableName }
+
+// Check reads the table back.
+func (p *packets) Check() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return packet.Check(p.current)
+}
+
+// Repair writes the table again.
+func (p *packets) Repair() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return packet.Apply(p.current)
 }
 
 // Changed returns a channel that is closed at the next Apply. Take it before asking, so that no change is missed.

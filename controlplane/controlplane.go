@@ -88,6 +88,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	c.Policy.ServiceNetwork = c.ServiceNetwork
 	cp := &ControlPlane{
 		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
 		sessions: c.Resumption,

@@ -49,9 +49,8 @@ type PacketPrefix struct {
 type PacketService struct {
 	Protocol Protocol       `json:"protocol"` // UDP or SCTP
 	Addr     netip.AddrPort `json:"addr"`
-	// Sticky keeps the choice of an endpoint as long as the endpoints stay the same. Otherwise it is made anew, at random, for each flow.
-	Sticky bool `json:"sticky,omitempty"`
-	// Endpoints are those that the policies of both ends admit: sorted, at least one, of the family of Addr.
+	// Endpoints are those that the policies of both ends admit: sorted, at least one, of the family of Addr. Each flow goes to one of them, at
+	// random; where a client is to stay with one there is only that one.
 	Endpoints []netip.AddrPort `json:"endpoints"`
 }
 

@@ -15,7 +15,7 @@ func dns() *Packets {
 		Egress:  []PacketBlock{{SCTP, []PortRange{{500, 500}}, []PacketPrefix{{prefix("0.0.0.0/0"), true}, {prefix("::/0"), true}}}},
 		Services: []PacketService{
 			{Protocol: UDP, Addr: netip.MustParseAddrPort("10.96.0.10:53"), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.3:53")}},
-			{Protocol: SCTP, Addr: netip.MustParseAddrPort("10.96.0.9:500"), Sticky: true, Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.3:500")}},
+			{Protocol: SCTP, Addr: netip.MustParseAddrPort("10.96.0.9:500"), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.3:500")}},
 		},
 	}
 }

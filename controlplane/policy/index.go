@@ -23,6 +23,9 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// PodNetwork holds the ranges from which pods get their addresses.
 	PodNetwork []netip.Prefix
+	// ServiceNetwork holds the ranges from which Services get their cluster IPs. No datagram leaves for there that is not led to an
+	// endpoint.
+	ServiceNetwork []netip.Prefix
 	// VolatileLabels are left out of identities; nil means identity.VolatileLabels.
 	VolatileLabels []string
 	// DefaultMode is the mode of namespaces without ModeLabel; zero means permissive.
@@ -33,6 +36,7 @@ type Config struct {
 type Index struct {
 	namer       *identity.Namer
 	podNetwork  []netip.Prefix
+	serviceNet  []netip.Prefix
 	defaultMode verdict.Mode
 
 	namespaces map[string]*namespace
@@ -91,6 +95,7 @@ func NewIndex(c Config) *Index {
 	return &Index{
 		namer:          identity.NewNamer(c.TrustDomain, volatile),
 		podNetwork:     network,
+		serviceNet:     slices.Clone(c.ServiceNetwork),
 		defaultMode:    c.DefaultMode,
 		namespaces:     map[string]*namespace{},
 		pods:           map[string]*pod{},

@@ -6,6 +6,8 @@ import (
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/verdict"
 )
 
 // packetIndex knows whose packets name addresses of whom, so that a pod that comes, goes or moves touches the packets of those alone.
@@ -15,6 +17,8 @@ type packetIndex struct {
 	seen     map[string]packetPeer             // pods as the packets of others have them
 	// restricting are the pods of seen that have no sidecar and that policy isolates for ingress: every sender enforces that.
 	restricting map[string]bool
+	serving     map[string][]netip.Addr // services ("namespace/name") with ports of UDP or SCTP, and their addresses outside the service network
+	contested   map[netip.Addr]bool     // cluster IPs that two services claim
 }
 
 // packetPeer is what the packets of others rest on.
@@ -27,7 +31,8 @@ type packetPeer struct {
 }
 
 func newPacketIndex() packetIndex {
-	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, seen: map[string]packetPeer{}, restricting: map[string]bool{}}
+	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, seen: map[string]packetPeer{},
+		restricting: map[string]bool{}, serving: map[string][]netip.Addr{}, contested: map[netip.Addr]bool{}}
 }
 
 // note enters whom the packets of a subject, whose verdicts are compiled, name.
@@ -95,6 +100,13 @@ func (x *Index) touchPackets(c *change) {
 			c.packets[name] = true
 		}
 	}
+	services, closed := x.noteServing(c)
+	all = all || closed
+	if services || x.endpointsTouched(c) {
+		for name := range x.pods {
+			c.packets[name] = true
+		}
+	}
 	for name := range peers {
 		old, now := x.packets.seen[name], x.packetPeer(x.pods[name])
 		if old.same(now) {
@@ -131,4 +143,75 @@ func (n *packetIndex) see(name string, p packetPeer) {
 	if p.subject != "" {
 		n.restricting[name] = true
 	}
+}
+
+// noteServing enters which services have ports of UDP or SCTP. It reports whether such a service is touched, and whether other cluster IPs than
+// before are closed one by one.
+func (x *Index) noteServing(c *change) (touched, closed bool) {
+	if len(c.services) == 0 {
+		return false, false
+	}
+	n := &x.packets
+	for a := range n.contested {
+		touched = true
+		if len(x.services.claims[a]) < 2 {
+			delete(n.contested, a)
+		}
+	}
+	for key := range c.services {
+		old, was := n.serving[key]
+		delete(n.serving, key)
+		var outside []netip.Addr
+		v := x.services.byKey[key]
+		if v != nil {
+			for _, a := range v.addrs {
+				if len(x.services.claims[a]) > 1 {
+					n.contested[a], touched = true, true
+				}
+			}
+			if slices.ContainsFunc(v.ports, func(p servicePort) bool { return p.protocol != verdict.TCP }) {
+				outside = slices.DeleteFunc(slices.Clone(v.addrs), x.inServiceNetwork)
+				n.serving[key] = outside
+			}
+		}
+		_, is := n.serving[key]
+		touched = touched || was || is
+		closed = closed || !slices.Equal(old, outside)
+	}
+	return touched, closed
+}
+
+func (x *Index) inServiceNetwork(a netip.Addr) bool {
+	return slices.ContainsFunc(x.serviceNet, func(n netip.Prefix) bool { return n.Contains(a) })
+}
+
+// endpointsTouched reports whether a change is about pods that have, or had, the address of an endpoint of a service of UDP or SCTP, or about
+// their policy.
+func (x *Index) endpointsTouched(c *change) bool {
+	if len(x.packets.serving) == 0 {
+		return false
+	}
+	changed := map[netip.Addr]bool{} // addresses of pods that are touched, or were theirs
+	for name := range c.pods {
+		for _, a := range x.packets.seen[name].addrs {
+			changed[a] = true
+		}
+	}
+	for key := range x.packets.serving {
+		for _, slice := range x.services.byKey[key].slices {
+			for i := range slice.Endpoints {
+				for _, text := range slice.Endpoints[i].Addresses {
+					a, err := netip.ParseAddr(text)
+					if err != nil {
+						continue
+					}
+					o := x.owner(a.Unmap())
+					if changed[a.Unmap()] || o != nil && (c.pods[o.key] || c.subjects[o.subject.Key]) {
+						return true
+					}
+				}
+			}
+		}
+	}
+	return false
 }

@@ -23,6 +23,9 @@ import (
 //   - egress: the pod's own policy and, towards a pod without a sidecar, that pod's ingress policy too: nobody else enforces it. An address
 //     of the pod network that no pod has is no pod's: ipBlocks admit it or nothing does. To know who is there could only add to what
 //     it may receive, so that this opens nothing.
+//   - services: egress speaks of endpoints, so that a datagram to a cluster IP has to be led to one, here, where policy is known. The pod is
+//     told of the services of which it may use an endpoint, and of those endpoints only. A cluster IP itself is never allowed, whatever ipBlock
+//     holds it: beyond the pod the node would choose the endpoint, and not by policy.
 //
 // Any pod that comes, goes or changes may change the value, not only those that change verdicts: that is the price of addresses.
 func (x *Index) Packets(name string) *verdict.Packets {
@@ -33,27 +36,66 @@ func (x *Index) Packets(name string) *verdict.Packets {
 	s := p.subject
 	x.bring(s)
 	if s.packets == nil {
-		s.packets = &packetPolicy{ingress: x.packetIngress(p), byNode: map[string]*verdict.Packets{}}
+		s.packets = &packetPolicy{ingress: x.packetIngress(p), shared: map[string]*verdict.Packets{}}
 		x.packets.note(s)
 	}
-	node := sortedAddrs(p.hostIPs)
+	out := &verdict.Packets{Node: sortedAddrs(p.hostIPs), Ingress: s.packets.ingress, Services: x.packetServices(p)}
 	if len(x.packets.restricting) > 0 { // they may look at the very address that p sends from, which its replicas do not share
-		return &verdict.Packets{Node: node, Ingress: s.packets.ingress, Egress: x.packetEgress(p)}
+		out.Egress = x.packetEgress(p)
+		return out
 	}
 	if s.packets.egress == nil {
 		s.packets.egress = x.packetEgress(p)
 	}
-	key := fmt.Sprint(node)
-	if s.packets.byNode[key] == nil {
-		s.packets.byNode[key] = &verdict.Packets{Node: node, Ingress: s.packets.ingress, Egress: s.packets.egress}
+	out.Egress = s.packets.egress
+	key := fmt.Sprint(out.Node, out.Services)
+	if is := s.packets.shared[key]; is != nil {
+		return is
 	}
-	return s.packets.byNode[key]
+	s.packets.shared[key] = out
+	return out
+}
+
+// packetServices are the services of which a pod may use an endpoint.
+func (x *Index) packetServices(p *pod) []verdict.PacketService {
+	var out []verdict.PacketService
+	if len(x.packets.serving) == 0 {
+		return nil
+	}
+	for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
+		for _, sp := range x.ServicePorts(p.key, proto) {
+			if len(sp.Endpoints) > 0 {
+				out = append(out, verdict.PacketService{Protocol: proto, Addr: sp.Addr, Endpoints: sp.Endpoints})
+			}
+		}
+	}
+	return out
+}
+
+// closeServices denies cluster IPs, among what is decided of addresses that are no pod's.
+func (x *Index) closeServices(decided map[netip.Prefix]bool) {
+	closed := slices.Clone(x.serviceNet)
+	for _, outside := range x.packets.serving {
+		for _, a := range outside {
+			closed = append(closed, host(a))
+		}
+	}
+	for _, n := range closed {
+		for p := range decided {
+			if n.Bits() <= p.Bits() && n.Contains(p.Addr()) {
+				delete(decided, p)
+			}
+		}
+	}
+	for _, n := range closed {
+		decided[n.Masked()] = false
+	}
 }
 
 // packetPolicy is a subject's packets, as long as they are true. It is made as they are asked for.
 type packetPolicy struct {
 	ingress, egress []verdict.PacketBlock
-	byNode          map[string]*verdict.Packets // by the node's addresses
+	shared          map[string]*verdict.Packets // by what is not of the subject: the node's addresses, services
 }
 
 func sortedAddrs(as []netip.Addr) []netip.Addr {
@@ -96,6 +138,7 @@ func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
 	}
 	return packetBlocks(tables, func(proto verdict.Protocol, port uint16) []verdict.PacketPrefix {
 		decided := anonymousAt(table, proto, port)
+		x.closeServices(decided)
 		for _, peer := range peers {
 			allow := evaluator.Admits(proto, port, verdict.Peer{ID: peer.pod.ident.id, Addr: peer.addr})
 			if allow && !peer.pod.sidecar && peer.pod != p {

@@ -43,7 +43,7 @@ func PacketsMessage(p *verdict.Packets) *mantletv1.Packets {
 	m.Ingress, m.Egress = blocks(p.Ingress), blocks(p.Egress)
 	for i := range p.Services {
 		s := &p.Services[i]
-		w := &mantletv1.PacketService{Protocol: mantletv1.Protocol(s.Protocol), Address: addressPort(s.Addr), Sticky: s.Sticky}
+		w := &mantletv1.PacketService{Protocol: mantletv1.Protocol(s.Protocol), Address: addressPort(s.Addr)}
 		for _, e := range s.Endpoints {
 			w.Endpoints = append(w.Endpoints, addressPort(e))
 		}
@@ -127,7 +127,7 @@ func readPackets(m *mantletv1.Packets) (*verdict.Packets, error) {
 		return nil, fmt.Errorf("egress%w", err)
 	}
 	for i, w := range m.Services {
-		s := verdict.PacketService{Sticky: w.Sticky}
+		var s verdict.PacketService
 		if s.Protocol, err = packetProtocol(w.Protocol); err != nil {
 			return nil, fmt.Errorf("services[%d]: %w", i, err)
 		}

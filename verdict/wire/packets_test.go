@@ -27,7 +27,7 @@ func fullPackets() *verdict.Packets {
 		},
 		Egress: []verdict.PacketBlock{{Protocol: verdict.UDP, Ports: []verdict.PortRange{verdict.AllPorts}, Peers: peers}},
 		Services: []verdict.PacketService{
-			{Protocol: verdict.UDP, Addr: addrPort("10.96.0.10:53"), Sticky: true, Endpoints: []netip.AddrPort{addrPort("10.64.0.3:53"), addrPort("10.64.0.4:53")}},
+			{Protocol: verdict.UDP, Addr: addrPort("10.96.0.10:53"), Endpoints: []netip.AddrPort{addrPort("10.64.0.3:53"), addrPort("10.64.0.4:53")}},
 			{Protocol: verdict.UDP, Addr: addrPort("[fd96::10]:53"), Endpoints: []netip.AddrPort{addrPort("[fd64::3]:53")}},
 		},
 	}

@@ -15,9 +15,9 @@ import (
 )
 
 const (
-	// elementsPerMessage keeps a message's list of elements (at most 64 octets each, more for a verdict) under the 64 KiB that a netlink
-	// attribute can hold.
-	elementsPerMessage = 500
+	// elementsPerMessage keeps a message's list of elements (at most 64 octets each, twice that for a verdict) under the 64 KiB that a
+	// netlink attribute can hold.
+	elementsPerMessage = 400
 	// sendBuffer holds a whole transaction, which netlink takes in one piece: about half a million intervals.
 	sendBuffer = 64 << 20
 )

@@ -27,8 +27,8 @@ type Ruleset struct {
 	Chains []Chain
 }
 
-// Set is a set or map with its elements: intervals, as a first key and, with IntervalEnd, the key after the last. The last interval of a
-// set that reaches the greatest key has no end.
+// Set is a set or map with its elements. Those of intervals are a first key and, with IntervalEnd, the key after the last; the last interval
+// of a set that reaches the greatest key has no end.
 type Set struct {
 	*nftables.Set
 	Elements []nftables.SetElement
@@ -65,6 +65,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 		blocks: p.Ingress, accepted: p.Node})
 	rs.direction(direction{name: "egress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME, v4: 16, v6: 24,
 		blocks: p.Egress, accepted: p.Node, mark: mark})
+	rs.services(p.Services, mark)
 	return rs, nil
 }
 
@@ -76,6 +77,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 //	chain ingress-udp {
 //		iifname "lo" accept
 //		ct state established accept
+//		meta mark 0x6d74 ct mark set meta mark accept # at egress: the agent's own
 //		ip saddr 10.0.0.1 accept                 # own node
 //		th dport vmap @ingress-udp-ports         # 1-52 : goto ingress-udp-0, …
 //		drop
@@ -100,7 +102,7 @@ func (rs *Ruleset) direction(d direction) {
 		judge := rs.chain(name)
 		judge.Rules = append(judge.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(established(), done(expr.VerdictAccept)))
 		if d.mark != 0 {
-			judge.Rules = append(judge.Rules, rule(meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(d.mark)), done(expr.VerdictAccept)))
+			judge.Rules = append(judge.Rules, rule(meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(d.mark)), markFlow(), done(expr.VerdictAccept)))
 		}
 		for _, a := range d.accepted {
 			judge.Rules = append(judge.Rules, rule(d.address(a.Is4()), equals(a.AsSlice()), done(expr.VerdictAccept)))
@@ -122,7 +124,7 @@ func (rs *Ruleset) direction(d direction) {
 		}
 		if len(ranges) > 0 {
 			ports.Elements = portElements(ranges)
-			rs.add(ports)
+			rs.add(&ports)
 			judge.Rules = append(judge.Rules, rule(destinationPort(), lookup(ports.Set)))
 		}
 		judge.Rules = append(judge.Rules, rule(done(expr.VerdictDrop)))
@@ -148,7 +150,7 @@ func (rs *Ruleset) block(d direction, name string, peers []verdict.PacketPrefix)
 		default:
 			s := Set{Set: &nftables.Set{Table: rs.Table, Name: name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
 				Elements: addressElements(in)}
-			rs.add(s)
+			rs.add(&s)
 			c.Rules = append(c.Rules, rule(d.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
 		}
 	}
@@ -161,9 +163,9 @@ func (rs *Ruleset) chain(name string) Chain {
 }
 
 // add gives the set its ID within the transaction. Otherwise the library would, from a count that it does not lock.
-func (rs *Ruleset) add(s Set) {
+func (rs *Ruleset) add(s *Set) {
 	s.ID = uint32(len(rs.Sets) + 1)
-	rs.Sets = append(rs.Sets, s)
+	rs.Sets = append(rs.Sets, *s)
 }
 
 func addressElements(in []interval) []nftables.SetElement {

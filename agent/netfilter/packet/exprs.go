@@ -62,6 +62,11 @@ func established() []expr.Any {
 	}
 }
 
+// markFlow gives a flow the mark that is loaded, by which Revoke knows the agent's own.
+func markFlow() []expr.Any {
+	return []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1, SourceRegister: true}}
+}
+
 // lookup goes on where the set holds what is loaded; a verdict map takes over.
 func lookup(s *nftables.Set) []expr.Any {
 	return []expr.Any{&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, IsDestRegSet: s.IsMap}}

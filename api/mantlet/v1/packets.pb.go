@@ -279,10 +279,8 @@ type PacketService struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Protocol Protocol               `protobuf:"varint,1,opt,name=protocol,proto3,enum=mantlet.v1.Protocol" json:"protocol,omitempty"` // UDP or SCTP
 	Address  *AddressPort           `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
-	// The choice stays as long as the endpoints do (session affinity).
-	Sticky bool `protobuf:"varint,3,opt,name=sticky,proto3" json:"sticky,omitempty"`
 	// Sorted, at least one, of the address's family.
-	Endpoints     []*AddressPort `protobuf:"bytes,4,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	Endpoints     []*AddressPort `protobuf:"bytes,3,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -329,13 +327,6 @@ func (x *PacketService) GetAddress() *AddressPort {
 		return x.Address
 	}
 	return nil
-}
-
-func (x *PacketService) GetSticky() bool {
-	if x != nil {
-		return x.Sticky
-	}
-	return false
 }
 
 func (x *PacketService) GetEndpoints() []*AddressPort {
@@ -418,12 +409,11 @@ const file_mantlet_v1_packets_proto_rawDesc = "" +
 	"\fPacketPrefix\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
 	"\x04bits\x18\x02 \x01(\rR\x04bits\x12\x14\n" +
-	"\x05allow\x18\x03 \x01(\bR\x05allow\"\xc3\x01\n" +
+	"\x05allow\x18\x03 \x01(\bR\x05allow\"\xab\x01\n" +
 	"\rPacketService\x120\n" +
 	"\bprotocol\x18\x01 \x01(\x0e2\x14.mantlet.v1.ProtocolR\bprotocol\x121\n" +
-	"\aaddress\x18\x02 \x01(\v2\x17.mantlet.v1.AddressPortR\aaddress\x12\x16\n" +
-	"\x06sticky\x18\x03 \x01(\bR\x06sticky\x125\n" +
-	"\tendpoints\x18\x04 \x03(\v2\x17.mantlet.v1.AddressPortR\tendpoints\";\n" +
+	"\aaddress\x18\x02 \x01(\v2\x17.mantlet.v1.AddressPortR\aaddress\x125\n" +
+	"\tendpoints\x18\x03 \x03(\v2\x17.mantlet.v1.AddressPortR\tendpoints\";\n" +
 	"\vAddressPort\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04portB5Z3github.com/mantlet/mantlet/api/mantlet/v1;mantletv1b\x06proto3"

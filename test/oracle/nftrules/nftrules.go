@@ -131,6 +131,9 @@ func (m *machine) rule(exprs []expr.Any) (expr.Verdict, error) {
 			}
 			m.register = header[e.Offset : e.Offset+e.Len]
 		case *expr.Ct:
+			if e.Key == expr.CtKeyMARK && e.SourceRegister && e.Register == 1 {
+				continue // marks the flow, and decides nothing
+			}
 			if e.Key != expr.CtKeySTATE || e.SourceRegister || e.Register != 1 {
 				return goesOn, fmt.Errorf("ct %+v", e)
 			}

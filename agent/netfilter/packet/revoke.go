@@ -1,0 +1,153 @@
+package packet
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sort"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow: those
+// with replies would otherwise go on, and those of services would go on to an endpoint that is not one any more. It is for after Apply: the
+// next packet is a new flow then, and meets the rules. All others are left alone, those of the proxy's mark too. It returns how many were
+// forgotten.
+func Revoke(p *verdict.Packets) (int, error) {
+	local, err := localAddresses()
+	if err != nil {
+		return 0, err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER) // one socket for all that is asked
+	if err != nil {
+		return 0, fmt.Errorf("packets: open conntrack: %w", err)
+	}
+	defer h.Close()
+	j := newJudge(p, local)
+	n := 0
+	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		for attempt := 1; ; attempt++ {
+			forgotten, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, j)
+			n += int(forgotten)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, netlink.ErrDumpInterrupted) || attempt == attempts { // else the table changed while it was read
+				return n, fmt.Errorf("packets: forget flows that are not allowed (needs CAP_NET_ADMIN and nf_conntrack_netlink in the kernel): %w", err)
+			}
+		}
+	}
+	return n, nil
+}
+
+// attempts at reading a table that changes meanwhile.
+const attempts = 10
+
+func localAddresses() (map[netip.Addr]bool, error) {
+	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("packets: read the pod's addresses: %w", err)
+	}
+	out := map[netip.Addr]bool{}
+	for _, a := range list {
+		if addr, ok := netip.AddrFromSlice(a.IP); ok {
+			out[addr.Unmap()] = true
+		}
+	}
+	return out, nil
+}
+
+// judge decides on flows. It is a netlink.CustomConntrackFilter that matches those which are not allowed.
+type judge struct {
+	packets         *verdict.Packets
+	local           map[netip.Addr]bool
+	ingress, egress []judgedBlock
+}
+
+// judgedBlock is a block with its peers as intervals.
+type judgedBlock struct {
+	*verdict.PacketBlock
+	v4, v6 []interval
+}
+
+func newJudge(p *verdict.Packets, local map[netip.Addr]bool) *judge {
+	blocks := func(list []verdict.PacketBlock) (out []judgedBlock) {
+		for i := range list {
+			v4, v6 := flatten(list[i].Peers)
+			out = append(out, judgedBlock{&list[i], v4, v6})
+		}
+		return out
+	}
+	return &judge{p, local, blocks(p.Ingress), blocks(p.Egress)}
+}
+
+// MatchConntrackFlow reports whether a flow is not allowed.
+func (j *judge) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	var proto verdict.Protocol
+	switch f.Forward.Protocol {
+	case unix.IPPROTO_UDP:
+		proto = verdict.UDP
+	case unix.IPPROTO_SCTP:
+		proto = verdict.SCTP
+	default:
+		return false
+	}
+	if f.Mark == names.ProxyMark {
+		return false
+	}
+	// Replies come from where the flow has been led to.
+	return !j.allows(proto, address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
+}
+
+func address(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}
+
+func addressPort(ip net.IP, port uint16) netip.AddrPort { return netip.AddrPortFrom(address(ip), port) }
+
+// allows decides on a flow from an address to another, which the pod has led to a third, or left as it is.
+func (j *judge) allows(proto verdict.Protocol, from netip.Addr, to, led netip.AddrPort) bool {
+	if j.here(from) { // what begins here may be led to an endpoint
+		if s := j.packets.Service(proto, to); s != nil {
+			if !slices.Contains(s.Endpoints, led) {
+				return false
+			}
+		} else if to != led && !j.decide(j.egress, proto, to) {
+			return false
+		}
+	} else if !j.decide(j.ingress, proto, netip.AddrPortFrom(from, led.Port())) {
+		return false
+	}
+	return j.here(led.Addr()) || j.decide(j.egress, proto, led)
+}
+
+// here reports whether an address is the pod's own.
+func (j *judge) here(a netip.Addr) bool { return j.local[a] || a.IsLoopback() }
+
+// decide is verdict.Packets' AllowsIngress and AllowsEgress, faster: the address is the peer's.
+func (j *judge) decide(blocks []judgedBlock, proto verdict.Protocol, peer netip.AddrPort) bool {
+	addr, port := peer.Addr(), peer.Port()
+	if slices.Contains(j.packets.Node, addr) {
+		return true
+	}
+	for i := range blocks {
+		b := &blocks[i]
+		if b.Protocol != proto || !slices.ContainsFunc(b.Ports, func(r verdict.PortRange) bool { return r.First <= port && port <= r.Last }) {
+			continue
+		}
+		in := b.v6
+		if addr.Is4() {
+			in = b.v4
+		}
+		at := sort.Search(len(in), func(k int) bool { return in[k].last.Compare(addr) >= 0 })
+		return at < len(in) && in[at].first.Compare(addr) <= 0
+	}
+	return false
+}

@@ -1,0 +1,134 @@
+package packet
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// Flows with replies end when the policy no longer allows them, both directions, both families, and all others go on: also those of the
+// agent, which no policy allows.
+func TestRevoke(t *testing.T) {
+	outside := surroundings(t)
+	const port = 9060
+	wide := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.0/24", "fd99::/64")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.0/24", "fd99::/64")}})
+	narrow := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.4/32", "fd99::4/128")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.4/32", "fd99::4/128")}})
+	apply(t, *wide)
+	if _, err := Revoke(wide); err != nil { // what other tests have left
+		t.Fatal(err)
+	}
+	at, from := socket(t, nil, fmt.Sprintf("[::]:%d", port)), socket(t, nil, ":0")
+	marked, err := (&net.ListenConfig{Control: netfilter.Exempt}).ListenPacket(t.Context(), "udp", "10.99.0.2:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer marked.Close()
+	type flow struct {
+		peer    netip.Addr
+		in, out net.PacketConn // at the peer: talks to at, is talked to by from
+	}
+	var flows []flow
+	dest := func(a netip.Addr) net.Addr { return to(a, port+1) }
+	for _, a := range peers {
+		f := flow{a, socket(t, outside, netip.AddrPortFrom(a, 0).String()), socket(t, outside, netip.AddrPortFrom(a, port+1).String())}
+		flows = append(flows, f)
+		send(t, f.in, to(same(a, own), port), "in")
+		word, sender := receive(t, at)
+		send(t, at, sender, "reply")
+		if back, _ := receive(t, f.in); word != "in" || back != "reply" {
+			t.Fatalf("%s: got %q and %q", a, word, back)
+		}
+		send(t, from, dest(a), "out")
+		word, sender = receive(t, f.out)
+		send(t, f.out, sender, "reply")
+		if back, _ := receive(t, from); word != "out" || back != "reply" {
+			t.Fatalf("%s: got %q and %q", a, word, back)
+		}
+	}
+	agents := socket(t, outside, "10.99.0.3:9070")
+	send(t, marked, agents.LocalAddr(), "agent")
+	if _, sender := receive(t, agents); sender.String() != marked.LocalAddr().String() {
+		t.Fatal(sender)
+	}
+
+	if err := Apply(narrow); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := Revoke(narrow); err != nil || n != 2*(len(peers)-2) {
+		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
+	}
+	for _, f := range flows {
+		stays := f.peer == peers[1] || f.peer == peers[5]
+		if got := send(t, at, f.in.LocalAddr(), "more"); got != stays {
+			t.Errorf("to %s, which had begun: sent=%v", f.peer, got)
+		}
+		if got := send(t, from, dest(f.peer), "more"); got != stays {
+			t.Errorf("to %s: sent=%v", f.peer, got)
+		}
+		send(t, f.in, to(same(f.peer, own), port), "late "+f.peer.String()) // arrives from those that stay only
+		if stays {
+			if word, _ := receive(t, at); word != "late "+f.peer.String() {
+				t.Errorf("got %q", word)
+			}
+		}
+	}
+	send(t, agents, marked.LocalAddr(), "answer")
+	if word, _ := receive(t, marked); word != "answer" {
+		t.Errorf("the agent got %q", word)
+	}
+}
+
+// TestRevokeThousands ends half of some thousand flows.
+func TestRevokeThousands(t *testing.T) {
+	surroundings(t)
+	const flows, first = 4000, 20000
+	policy := func(list ...string) *verdict.Packets {
+		return here(verdict.Packets{Egress: []verdict.PacketBlock{udp(first, first+flows, list...)}})
+	}
+	wide, narrow := policy("10.99.0.3/32", "10.99.0.4/32"), policy("10.99.0.4/32")
+	apply(t, *wide)
+	if _, err := Revoke(wide); err != nil {
+		t.Fatal(err)
+	}
+	from := socket(t, nil, "10.99.0.2:0")
+	for i := range flows {
+		for sent := false; !sent; { // ICMP says now and then that nobody listens, which a later send is told of
+			_, err := from.WriteTo([]byte("x"), to(peers[i%2], uint16(first+i)))
+			sent = err == nil
+		}
+	}
+	if err := Apply(narrow); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	n, err := Revoke(narrow)
+	t.Logf("%d of %d flows revoked in %v", n, flows, time.Since(start))
+	if err != nil || n != flows/2 {
+		t.Errorf("revoked %d flows, %v", n, err)
+	}
+	left, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stay := 0
+	for _, f := range left {
+		switch port := f.Forward.DstPort; {
+		case f.Forward.Protocol != unix.IPPROTO_UDP || port < first || port >= first+flows:
+		case f.Forward.DstIP.Equal(peers[1].AsSlice()):
+			stay++
+		default:
+			t.Fatalf("%s is left", f)
+		}
+	}
+	if stay != flows/2 {
+		t.Errorf("%d flows stay, not %d", stay, flows/2)
+	}
+}
