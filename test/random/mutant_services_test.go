@@ -37,7 +37,7 @@ func (m *mutant) changeService() []event {
 		}
 		for _, p := range servicePorts {
 			if m.chance(70) {
-				s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p})
+				s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p, Protocol: m.protocol})
 			}
 		}
 		if m.chance(40) {
@@ -68,7 +68,7 @@ func (m *mutant) changeSlice(service string, meta metav1.ObjectMeta) []event {
 	}
 	for _, p := range servicePorts {
 		name, port := fmt.Sprint("p", p), choose(m.Rand, []int32{80, 8080})
-		s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: &name, Port: &port})
+		s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: &name, Port: &port, Protocol: &m.protocol})
 	}
 	ready, hinted := choose(m.Rand, []int{0, 80, 100}), choose(m.Rand, []int{0, 50, 100, 100}) // in most slices all are alike: hints count only so
 	for _, p := range m.Objects.Pods {

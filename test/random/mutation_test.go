@@ -186,9 +186,10 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 type mutant struct {
 	oracle.World
 	*rand.Rand
-	speak func(*rand.Rand, *networkingv1.NetworkPolicy) // what is made of new policies; nil: nothing
-	made  int
-	story []string
+	speak    func(*rand.Rand, *networkingv1.NetworkPolicy) // what is made of new policies; nil: nothing
+	protocol corev1.Protocol                               // of services; empty: TCP
+	made     int
+	story    []string
 }
 
 // event is what an index is told.
