@@ -176,7 +176,11 @@ func TestPackets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	unreadable, err := server.NewSet(r, readable)
+	network, err := server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unreadable, err := server.NewSet(r, readable, network)
 	if err != nil {
 		t.Fatal(err)
 	}
