@@ -1,10 +1,10 @@
 // Package agent is the process beside Envoy in a pod's sidecar: it wires the rooms below it and says when the pod is enforced.
 //
-//	1 netfilter: redirect in place ─ nothing listens yet: refused; packet policy in place ─ UDP and SCTP: dropped
+//	1 netfilter: SYN hold shut, redirect in place ─ nothing listens yet: refused; packet policy in place ─ UDP and SCTP: dropped
 //	2 agent.sock: relay (ADS), sds, flows            control plane
 //	3 svid: key, CSR ───────────────────────────────────►│
 //	4 envoy: started ──agent.sock──► relay ──mTLS────────►│
-//	5 ready: 1 still in place, SVID valid, verdicts held, packet policy in the kernel, policy ACKed, capture ports listened on by Envoy
+//	5 ready: 1 still in place, the SYN hold at work, SVID valid, verdicts held, packet policy in the kernel, policy ACKed, capture ports listened on by Envoy
 //
 //	SIGTERM: not ready, Envoy drains and ends, then everything else. The redirect stays: a pod without its sidecar is closed. So does
 //	the packet policy that was in force last.
