@@ -34,6 +34,7 @@ type published struct {
 	rbac                    *corev3.TypedExtensionConfig
 	verdicts                *mantletv1.Verdicts
 	network                 *mantletv1.Network
+	packets                 *mantletv1.Packets
 }
 
 // publishedFor makes what the control plane made for a pod.
@@ -51,7 +52,7 @@ func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	var cluster []netip.Prefix
 	cluster = append(append(cluster, m.PodNetwork...), m.ServiceNetwork...)
 	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v),
-		wire.NetworkMessage(wire.Network{Cluster: cluster, Node: p.NodeIPs})}
+		wire.NetworkMessage(wire.Network{Cluster: cluster, Node: p.NodeIPs}), wire.PacketsMessage(index.Packets(name))}
 }
 
 // set makes the set to publish.
@@ -74,6 +75,7 @@ func (p published) set(t *testing.T) server.Set {
 	add(p.rbac.Name, p.rbac)
 	add(names.Verdicts, p.verdicts)
 	add(names.Network, p.network)
+	add(names.Packets, p.packets)
 	set, err := server.NewSet(all...)
 	if err != nil {
 		t.Fatal(err)
