@@ -177,6 +177,9 @@ func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Atte
 	case authenticated && !c.Authenticated && c.Verdict == matrix.Allowed,
 		c.Authenticated && !authenticated && a.Via != matrix.ViaService: // of a service's endpoints some may prove themselves
 		c.Mismatch = fmt.Sprintf("the evaluator says authenticated=%v; the sidecar's log says %v", authenticated, c.Authenticated)
+	case c.Verdict == expected:
+		source, _ := s.index.Pod(a.From)
+		c.Mismatch = connectDiffers(source, expected, o)
 	}
 	if flow != nil {
 		flow.Reason = c.Reason
