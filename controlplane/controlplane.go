@@ -205,6 +205,9 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		for _, a := range cp.index.ServiceAddrs(name) {
 			cp.demand.collect(stale, addrKey(a))
 		}
+		for _, port := range cp.index.NodePorts(name) {
+			cp.demand.collect(stale, nodePortKey(port))
+		}
 	}
 	cp.refresh(stale)
 	cp.sweep()

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"fmt"
 	"net/netip"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -28,11 +29,12 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		return nil, false
 	}
 	d, ok := cp.index.DestinationFor(string(client), verdict.TCP, to)
-	depends := []string{addrKey(to.Addr())}
-	if d.Service != "" {
-		depends = append(depends, serviceKey(d.Service))
+	depends := []string{addrKey(to.Addr()), nodePortKey(to.Port())}
+	whole := cp.index.DestinationForAny(verdict.TCP, to) // what is noted holds for everybody who asks, not for this client alone
+	if whole.Service != "" {
+		depends = append(depends, serviceKey(whole.Service))
 	}
-	for _, list := range [][]policy.Endpoint{d.Endpoints, d.Others} { // the answer rests on the same for everybody who asks
+	for _, list := range [][]policy.Endpoint{whole.Endpoints, whole.Others} {
 		for _, e := range list {
 			depends = append(depends, addrKey(e.Addr.Addr())) // somebody else may come to have it
 			if e.Pod != "" {
@@ -89,9 +91,10 @@ func newDemand() demand {
 	return demand{depends: map[string][]string{}, names: map[string]map[string]bool{}, known: map[string]bool{}}
 }
 
-func podKey(name string) string     { return "pod " + name }
-func serviceKey(name string) string { return "service " + name }
-func addrKey(a netip.Addr) string   { return "address " + a.String() }
+func podKey(name string) string      { return "pod " + name }
+func serviceKey(name string) string  { return "service " + name }
+func addrKey(a netip.Addr) string    { return "address " + a.String() }
+func nodePortKey(port uint16) string { return fmt.Sprint("node port ", port) }
 
 func (d *demand) note(name string, keys []string, exists bool) {
 	known := d.known[name] || exists

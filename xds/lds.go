@@ -73,8 +73,8 @@ func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	return l
 }
 
-// Outbound captures what the app sends. Inside the cluster networks each destination is a cluster on demand; outside, the egress
-// verdicts by address decide at accept.
+// Outbound captures what the app sends. Inside the cluster networks, and at the node ports of the own node, each destination is a cluster
+// on demand; outside, the egress verdicts by address decide at accept.
 func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *listenerv3.Listener {
 	r := rendering{
 		address: destinationIP(),
@@ -89,7 +89,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		routes = append(routes, route{p, chain(names.ChainMesh), names.ChainMesh})
 	}
 	for _, a := range node {
-		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), chain(names.ChainNode), names.ChainNode})
+		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), ownNode(), names.ChainNode})
 	}
 	l := capturing(names.Outbound, names.OutboundPort)
 	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
@@ -107,6 +107,18 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		{Name: names.ChainPassthrough, Filters: []*listenerv3.Filter{alone(), onward("passthrough", names.ClusterPassthrough, names.ChainPassthrough)}},
 	}
 	return l
+}
+
+// ownNode lets everything through to the pod's own node but connections to node ports: behind those the node balances, so that they are
+// destinations like cluster IPs, and policy speaks of their endpoints.
+func ownNode() *matcherv3.Matcher_OnMatch {
+	return then(&matcherv3.Matcher{
+		MatcherType: &matcherv3.Matcher_MatcherList_{MatcherList: &matcherv3.Matcher_MatcherList{Matchers: []*matcherv3.Matcher_MatcherList_FieldMatcher{{
+			Predicate: portIn([]verdict.PortRange{{First: names.FirstNodePort, Last: names.LastNodePort}}),
+			OnMatch:   chain(names.ChainMesh),
+		}}}},
+		OnNoMatch: chain(names.ChainNode),
+	})
 }
 
 // capturing is a listener on both families that the pod's redirect leads to.

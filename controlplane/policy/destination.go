@@ -41,13 +41,59 @@ func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destinat
 	return x.destination(proto, to, anywhereInCluster)
 }
 
-// DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in.
+// DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in. To it an address of its own
+// node is a destination too: at a node port the service, else the node.
 func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
-	var at place
-	if p := x.pods[client]; p != nil {
-		at = place{node: p.node, zone: x.zones[p.node]}
+	p := x.pods[client]
+	if p == nil {
+		return x.destination(proto, to, place{})
 	}
-	return x.destination(proto, to, at)
+	at := place{node: p.node, zone: x.zones[p.node]}
+	if d, ok := x.destination(proto, to, at); ok || !slices.Contains(p.hostIPs, to.Addr().Unmap()) {
+		return d, ok
+	}
+	if d, ok := x.atNodePort(proto, to, at); ok {
+		return d, true
+	}
+	return Destination{Protocol: proto, Endpoints: []Endpoint{{Addr: netip.AddrPortFrom(to.Addr().Unmap(), to.Port())}}}, true
+}
+
+// DestinationForAny holds all that DestinationFor may say to anybody: on what those answers rest.
+func (x *Index) DestinationForAny(proto verdict.Protocol, to netip.AddrPort) Destination {
+	d, ok := x.Destination(proto, to)
+	if !ok {
+		d, _ = x.atNodePort(proto, to, anywhereInCluster)
+	}
+	return d
+}
+
+// atNodePort is the service that a port of a node stands for.
+func (x *Index) atNodePort(proto verdict.Protocol, to netip.AddrPort, from place) (Destination, bool) {
+	v := newest(x.services.onNode[nodePort{proto, to.Port()}])
+	if v == nil {
+		return Destination{}, false
+	}
+	everywhere := *v // internalTrafficPolicy is about the cluster IP (core/v1 ServiceSpec)
+	everywhere.local = false
+	for _, p := range v.ports {
+		if p.onNode == to.Port() && p.protocol == proto {
+			return x.behind(&everywhere, p, to.Addr().Unmap().Is4(), from), true
+		}
+	}
+	return Destination{}, false
+}
+
+// NodePorts lists the ports of nodes at which a service ("namespace/name") is to be had.
+func (x *Index) NodePorts(service string) []uint16 {
+	var out []uint16
+	if v := x.services.byKey[service]; v != nil {
+		for _, p := range v.ports {
+			if p.onNode != 0 {
+				out = append(out, p.onNode)
+			}
+		}
+	}
+	return out
 }
 
 func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from place) (Destination, bool) {
@@ -101,7 +147,7 @@ func stick(client netip.Addr, endpoints []Endpoint) Endpoint {
 
 // ServicePort is one port of a service as one pod may use it.
 type ServicePort struct {
-	Addr      netip.AddrPort   // cluster IP and port
+	Addr      netip.AddrPort   // cluster IP and port, or an address of the pod's node and a node port
 	Endpoints []netip.AddrPort // where to send it, any of them; sorted. Empty: nowhere
 }
 
@@ -109,17 +155,28 @@ type ServicePort struct {
 // protocols that no sidecar balances. It rests on all services, all pods and the policies of both ends.
 func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePort {
 	var out []ServicePort
-	for _, addr := range slices.SortedFunc(maps.Keys(x.services.claims), netip.Addr.Compare) {
+	add := func(at netip.AddrPort) {
+		sp := ServicePort{Addr: at}
+		d, _ := x.DestinationFor(client, proto, at)
+		for _, e := range x.Admitted(client, d) {
+			sp.Endpoints = append(sp.Endpoints, e.Addr)
+		}
+		out = append(out, sp)
+	}
+	for addr := range x.services.claims {
 		for _, p := range x.services.owner(addr).ports {
-			if p.protocol != proto {
-				continue
+			if p.protocol == proto {
+				add(netip.AddrPortFrom(addr, p.number))
 			}
-			sp := ServicePort{Addr: netip.AddrPortFrom(addr, p.number)}
-			d, _ := x.DestinationFor(client, proto, sp.Addr)
-			for _, e := range x.Admitted(client, d) {
-				sp.Endpoints = append(sp.Endpoints, e.Addr)
+		}
+	}
+	if p := x.pods[client]; p != nil {
+		for at := range x.services.onNode {
+			for _, addr := range p.hostIPs {
+				if at.protocol == proto {
+					add(netip.AddrPortFrom(addr, at.number))
+				}
 			}
-			out = append(out, sp)
 		}
 	}
 	slices.SortFunc(out, func(a, b ServicePort) int { return a.Addr.Compare(b.Addr) })

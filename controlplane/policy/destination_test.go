@@ -195,6 +195,42 @@ func TestStickyStays(t *testing.T) {
 	}
 }
 
+// TestNodePorts: at the client's own node a node port stands for the service, and every other port for the node.
+func TestNodePorts(t *testing.T) {
+	x := serviceWorld(t, ", type: NodePort, internalTrafficPolicy: Local", "{addresses: [10.64.0.10], nodeName: n1}, {addresses: [10.64.0.11], nodeName: n3}")
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api"}}
+	with := func(ports string) {
+		read(t, "{type: NodePort, internalTrafficPolicy: Local, clusterIPs: [10.96.0.5], ports: ["+ports+"]}", &svc.Spec)
+		apply(t, x, svc)
+	}
+	want := func(client, at, list string, known bool) {
+		t.Helper()
+		d, ok := x.DestinationFor(client, verdict.TCP, netip.MustParseAddrPort(at))
+		if last(d.Endpoints) != list || ok != known {
+			t.Errorf("%s to %s: %q (%v), want %q (%v)", client, at, last(d.Endpoints), ok, list, known)
+		}
+	}
+	with("{port: 80, protocol: TCP, nodePort: 30080}")
+	want("shop/on-n1", "10.64.0.1:30080", "10 11", true)
+	want("shop/on-n1", "10.64.0.1:30081", "1", true)
+	want("shop/on-n1", "10.64.0.1:80", "1", true)
+	want("shop/on-n1", "10.64.0.7:30080", "", false) // nobody's, and not the own node's
+	want("shop/nobody", "10.64.0.1:30080", "", false)
+	if got := x.NodePorts("shop/api"); len(got) != 1 || got[0] != 30080 {
+		t.Errorf("node ports %v", got)
+	}
+	if got := fmt.Sprint(x.ServicePorts("shop/on-n1", verdict.TCP)); got != "[{10.64.0.1:30080 [10.64.0.10:8080 10.64.0.11:8080]} {10.96.0.5:80 [10.64.0.10:8080]}]" {
+		t.Errorf("service ports %s", got)
+	}
+	with("{port: 80, protocol: TCP, nodePort: 30081}")
+	want("shop/on-n1", "10.64.0.1:30080", "1", true)
+	want("shop/on-n1", "10.64.0.1:30081", "10 11", true)
+	if _, err := x.Delete(svc); err != nil {
+		t.Fatal(err)
+	}
+	want("shop/on-n1", "10.64.0.1:30081", "1", true)
+}
+
 // TestServicesAreNoEndpoints: whoever connected there would be balanced by the node, to pods that no policy was asked about.
 func TestServicesAreNoEndpoints(t *testing.T) {
 	x := serviceWorld(t, "", "{addresses: [10.96.0.6]}, {addresses: [203.0.113.7]}")

@@ -15,6 +15,7 @@ import (
 type services struct {
 	byKey  map[string]*service // by "namespace/name"
 	claims map[netip.Addr][]*service
+	onNode map[nodePort][]*service
 	slices map[string]*service // by "namespace/name" of an EndpointSlice: the service that it belongs to
 }
 
@@ -33,10 +34,16 @@ type servicePort struct {
 	name     string
 	protocol verdict.Protocol
 	number   uint16
+	onNode   uint16 // the port at which it is to be had at every node's own addresses; 0: none
+}
+
+type nodePort struct {
+	protocol verdict.Protocol
+	number   uint16
 }
 
 func newServices() services {
-	return services{byKey: map[string]*service{}, claims: map[netip.Addr][]*service{}, slices: map[string]*service{}}
+	return services{byKey: map[string]*service{}, claims: map[netip.Addr][]*service{}, onNode: map[nodePort][]*service{}, slices: map[string]*service{}}
 }
 
 func (s *services) get(key string) *service {
@@ -71,7 +78,13 @@ func (s *services) set(o *corev1.Service, c *change) {
 		if err != nil || p.Port < 1 || p.Port > 65535 {
 			continue
 		}
-		v.ports = append(v.ports, servicePort{p.Name, proto, uint16(p.Port)})
+		sp := servicePort{name: p.Name, protocol: proto, number: uint16(p.Port)}
+		if t := o.Spec.Type; (t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer) && p.NodePort > 0 && p.NodePort < 65536 {
+			sp.onNode = uint16(p.NodePort)
+			at := nodePort{proto, sp.onNode}
+			s.onNode[at] = append(s.onNode[at], v)
+		}
+		v.ports = append(v.ports, sp)
 	}
 	c.services[v.key] = true
 }
@@ -83,13 +96,23 @@ func (s *services) unmap(v *service) {
 			delete(s.claims, a)
 		}
 	}
+	for _, p := range v.ports {
+		at := nodePort{p.protocol, p.onNode}
+		s.onNode[at] = slices.DeleteFunc(slices.Clone(s.onNode[at]), func(o *service) bool { return o == v })
+		if len(s.onNode[at]) == 0 {
+			delete(s.onNode, at)
+		}
+	}
 }
 
-// owner is the service that an address belongs to, or nil. Two claim it for a while where events of one come before those of the
+// owner is the service that an address belongs to, or nil.
+func (s *services) owner(a netip.Addr) *service { return newest(s.claims[a]) }
+
+// newest is the service that something belongs to, or nil. Two claim it for a while where events of one come before those of the
 // other; then it belongs to the newer one (by creation, then by name).
-func (s *services) owner(a netip.Addr) *service {
+func newest(claims []*service) *service {
 	var out *service
-	for _, v := range s.claims[a] {
+	for _, v := range claims {
 		if out == nil || v.since.After(out.since) || v.since.Equal(out.since) && v.key < out.key {
 			out = v
 		}

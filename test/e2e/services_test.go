@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -107,6 +108,11 @@ spec: {clusterIPs: [10.96.1.9, "fd00:10:96::109"], clusterIP: 10.96.1.9, selecto
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: node, namespace: shop}
+spec: {type: NodePort, internalTrafficPolicy: Local, selector: {app: api}, ports: [{name: web, port: 80, targetPort: 8080, nodePort: 30080}]}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: headless, namespace: shop}
 spec: {clusterIP: None, selector: {app: api}, ports: [{port: 8080}]}
 ---
@@ -149,6 +155,7 @@ func init() {
 	for i, name := range []string{"api", "sticky", "local", "far", "near", "early", "late", "self", "group", "outside"} {
 		vips[name] = [2]string{fmt.Sprintf("10.96.1.%d", i+1), fmt.Sprintf("fd00:10:96::1%02x", i+1)}
 	}
+	vips["node"] = [2]string{"10.64.0.1", "fd00:10:64::1"}
 }
 
 // TestServices is about which endpoints a sidecar takes for a service. Each step that changes something puts it back.
@@ -237,6 +244,24 @@ func chosenEndpoints(t *testing.T, s *sandbox.Sandbox) {
 	wantBehind(t, s, "shop/web", "early", 80, "slow")
 	wantBehind(t, s, "shop/web", "late", 80, "")
 	wantBehind(t, s, "shop/web", "api", 81, "") // no such port
+
+	// A node port of the own node is one more address of the service; the other ports there are the node's, which is always admitted.
+	wantBehind(t, s, "shop/web", "node", 30080, all...)
+	wantBehind(t, s, "shop/caged", "node", 30080, "")
+	for _, a := range vips["node"] {
+		for _, port := range []uint16{30081, 20080} {
+			l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", at(a, port).String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			served := serveLine(l, "the node\n")
+			if got := say(t, pod(t, s, "shop/caged"), at(a, port), "who is there?\n"); got != "the node\n" {
+				t.Errorf("port %d of the own node: %q", port, got)
+			}
+			_ = l.Close()
+			<-served
+		}
+	}
 }
 
 // slicesOf are copies of the slices of a service, to change.

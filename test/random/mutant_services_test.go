@@ -15,6 +15,9 @@ import (
 // serviceAddrs is how many cluster IPs there are.
 const serviceAddrs = 3
 
+// nodePort is the one that every service wants.
+const nodePort = 30080
+
 var servicePorts = []int32{80, 81}
 
 func serviceAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 96, 0, byte(1 + i)}) }
@@ -37,7 +40,11 @@ func (m *mutant) changeService() []event {
 		}
 		for _, p := range servicePorts {
 			if m.chance(70) {
-				s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p, Protocol: m.protocol})
+				sp := corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p, Protocol: m.protocol}
+				if m.chance(30) {
+					s.Spec.Type, sp.NodePort = corev1.ServiceTypeNodePort, nodePort
+				}
+				s.Spec.Ports = append(s.Spec.Ports, sp)
 			}
 		}
 		if m.chance(40) {
