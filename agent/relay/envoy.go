@@ -104,7 +104,7 @@ func (m *machine) fromEnvoy(r request) error {
 		switch _, listed := r.held[name]; {
 		case name == "*":
 			all = true
-		case k.entries[name] == nil && len(k.entries) >= maxNames:
+		case k.entries[name] == nil && len(k.entries) >= m.maxNames:
 			beyond = append(beyond, name)
 		default:
 			e := k.entry(name)
@@ -187,7 +187,7 @@ func (m *machine) tend() {
 	if side == nil {
 		return
 	}
-	if n := len(side.flights); n > maxUnanswered || n > 1 && side.bytes > maxUnansweredBytes {
+	if n := len(side.flights); n > maxUnanswered || n > 1 && side.bytes > m.maxBytes {
 		err := fmt.Errorf("envoy has left %d responses of %d bytes unanswered", n, side.bytes)
 		m.logger.Error("relay: ending envoy's stream", "reason", err)
 		side.end(err)

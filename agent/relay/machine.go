@@ -9,8 +9,9 @@ import (
 )
 
 const (
-	// maxNames bounds the clusters that are kept for a pod, asked for by name or not. The control plane takes 4,096 names.
-	maxNames = 4000
+	// MaxNames bounds the clusters that are known for a pod, allowed or denied, asked for by Envoy or the agent: who asks for more is refused.
+	// The control plane takes 4,096 names of all types.
+	MaxNames = 4000
 	// maxKinds bounds the types that Envoy may name; it names three.
 	maxKinds = 16
 	// maxUnanswered and maxUnansweredBytes bound what Envoy is sent without answering. It answers each response before it reads the next.
@@ -32,13 +33,15 @@ type machine struct {
 	down  bool       // the control plane cannot be reached; false also while that is being tried for the first time
 	why   string     // with down: the reason
 
+	maxNames, maxBytes int // MaxNames and maxUnansweredBytes; tests have less
+
 	nonces uint64
 	news   map[netip.AddrPort]bool // answers that have changed and were not told yet
 }
 
 func newMachine(logger *slog.Logger, ledger *Ledger) *machine {
 	return &machine{logger: logger, ledger: ledger, kinds: map[string]*kind{}, news: map[netip.AddrPort]bool{},
-		tell: func(map[netip.AddrPort]bool) {}}
+		maxNames: MaxNames, maxBytes: maxUnansweredBytes, tell: func(map[netip.AddrPort]bool) {}}
 }
 
 func (m *machine) kind(url string) *kind {

@@ -88,8 +88,8 @@ func (m *machine) ask(dest netip.AddrPort, reply chan answer) {
 	case m.down && (e == nil || !e.answered):
 		reply <- answer{err: errors.New(m.why)}
 		return
-	case e == nil && len(k.entries) >= maxNames:
-		reply <- answer{err: fmt.Errorf("%d names are known, as many as are kept", maxNames)}
+	case e == nil && len(k.entries) >= m.maxNames:
+		reply <- answer{err: fmt.Errorf("%d names are known, as many as are kept", m.maxNames)}
 		return
 	}
 	e = k.entry(name)

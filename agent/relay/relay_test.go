@@ -312,7 +312,9 @@ func TestRulesOfTheProtocol(t *testing.T) {
 // An Envoy that does not answer fills no memory, and holds up nothing that is for the agent.
 func TestUnansweredIsBounded(t *testing.T) {
 	got := make(chan string, 1)
+	const limit = 4 << 20
 	b := newBench(t, func(r *Relay) {
+		r.machine.maxBytes = limit
 		r.Subscribe(Own{TypeURL: ownType, Name: "mine", Apply: func(b []byte) error { got <- string(b); return nil }})
 	})
 	close(b.ready)
@@ -326,11 +328,11 @@ func TestUnansweredIsBounded(t *testing.T) {
 	send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "first"})
 	send(t, up, &deltaResponse{TypeUrl: ownType, Nonce: "own", Resources: []*discoveryv3.Resource{what{ownType, "mine", "1"}.resource(t)}})
 	<-got
-	large := what{TypeListener, "gate", strings.Repeat("x", 1<<20)}.resource(t)
+	large := what{TypeListener, "gate", strings.Repeat("x", 64<<10)}.resource(t)
 	sent := 0
 	for ; up.Send(&deltaResponse{TypeUrl: TypeListener, Nonce: strconv.Itoa(sent), Resources: []*discoveryv3.Resource{large}}) == nil; sent++ {
-		if sent > 2*maxUnansweredBytes>>20 {
-			t.Fatalf("%d MiB are unanswered", sent)
+		if sent > 2*limit>>16 {
+			t.Fatalf("%d KiB are unanswered", sent<<6)
 		}
 	}
 	for {
@@ -349,7 +351,11 @@ func TestCloseEndsStreams(t *testing.T) {
 	if _, err := envoy.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("open stream: %v", err)
 	}
-	if _, err := b.connect().Recv(); status.Code(err) != codes.Unavailable {
+	later, err := b.envoy.DeltaAggregatedResources(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := later.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("later stream: %v", err)
 	}
 }
