@@ -48,7 +48,7 @@ func (b Bootstrap) JSON() ([]byte, error) {
 				"api_type": "DELTA_GRPC", "transport_api_version": "V3", "set_node_on_first_message_only": true,
 				"grpc_services": list{object{"envoy_grpc": object{
 					"cluster_name": names.ClusterAgent,
-					// The agent ends the stream when the control plane's ends, and waits itself before it asks there again.
+					// The agent is always there and serves from its cache; it ends the stream only where Envoy leaves too much unanswered.
 					"retry_policy": object{"retry_back_off": object{"base_interval": "0.1s", "max_interval": "2s"}},
 				}}},
 			},
