@@ -27,32 +27,37 @@ import (
 // as soon as something fails that cannot be repaired. Either way Envoy is gone and the redirect stays: the pod is closed.
 func Run(ctx context.Context, cfg Config) (err error) {
 	began := time.Now()
-	if err := cfg.check(); err != nil {
-		return err
-	}
-	rules, err := cfg.redirect()
-	if err != nil {
-		return err
-	}
-	redirect, err := netfilter.New(rules, cfg.Logger)
-	if err != nil {
-		return err
-	}
-	if err := shut(cfg.hold()); err != nil { // before the redirect: nothing is accepted here that is not known to be allowed
-		return err
-	}
-	if err := redirect.Apply(); err != nil { // before all else: closed from here on
-		return err
-	}
-	packets, err := closePackets(cfg.Logger)
-	if err != nil {
-		return err
-	}
-	a, err := assemble(cfg, redirect, packets)
+	a, err := prepare(cfg)
 	if err != nil {
 		return err
 	}
 	return a.run(ctx, began)
+}
+
+// prepare closes the pod and makes the parts.
+func prepare(cfg Config) (*agent, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	rules, err := cfg.redirect()
+	if err != nil {
+		return nil, err
+	}
+	redirect, err := netfilter.New(rules, cfg.Logger)
+	if err != nil {
+		return nil, err
+	}
+	if err := shut(cfg.hold()); err != nil { // before the redirect: nothing is accepted here that is not known to be allowed
+		return nil, err
+	}
+	if err := redirect.Apply(); err != nil { // before all else: closed from here on
+		return nil, err
+	}
+	packets, err := closePackets(cfg.Logger)
+	if err != nil {
+		return nil, err
+	}
+	return assemble(cfg, redirect, packets)
 }
 
 // agent holds the parts.

@@ -20,7 +20,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/xds/server"
 )
 
@@ -215,30 +214,6 @@ func TestEnvoyDiesWithoutControlPlane(t *testing.T) {
 	all("in the end")
 }
 
-// startAssembled starts the agent and returns its parts.
-func (w *world) startAssembled() *agent {
-	w.t.Helper()
-	if err := w.cfg.check(); err != nil {
-		w.t.Fatal(err)
-	}
-	rules, err := w.cfg.redirect()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	redirect, err := netfilter.New(rules, w.cfg.Logger)
-	if err == nil {
-		err = redirect.Apply()
-	}
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	a, err := assemble(w.cfg, redirect)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return a
-}
-
 // run runs parts.
 func (w *world) run(a *agent) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -258,7 +233,10 @@ func TestQuestions(t *testing.T) {
 	w := newWorld(t)
 	w.destinations()
 	w.startPlaneWithDestinations()
-	a := w.startAssembled()
+	a, err := prepare(w.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
 	told := make(chan map[netip.AddrPort]bool, 16)
 	a.relay.OnDestinations(func(news map[netip.AddrPort]bool) { told <- news })
 	w.run(a)
