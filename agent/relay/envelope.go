@@ -193,7 +193,7 @@ func eachField(b []byte, visit func(num protowire.Number, kind protowire.Type, v
 			return errors.New("broken tag")
 		}
 		b = b[n:]
-		v, n := []byte(nil), 0
+		var v []byte
 		if kind == protowire.BytesType {
 			v, n = protowire.ConsumeBytes(b)
 		} else if n = protowire.ConsumeFieldValue(num, kind, b); n >= 0 {

@@ -54,8 +54,8 @@ func (w *world) note(format string, args ...any) {
 func (w *world) learn(dest netip.AddrPort, allowed bool, how string) {
 	w.note("%s: %s %t", how, dest, allowed)
 	w.view[dest] = allowed
-	if v := ""; allowed && w.envoy != nil && w.m.envoy == w.envoy.side {
-		if v = w.envoy.held.of(TypeCluster)[onDemandName(dest)]; !full(v) {
+	if allowed && w.envoy != nil && w.m.envoy == w.envoy.side {
+		if v := w.envoy.held.of(TypeCluster)[onDemandName(dest)]; !full(v) {
 			w.t.Fatalf("%s %s as allowed while envoy holds %q", how, dest, v)
 		}
 	}

@@ -219,7 +219,7 @@ func (b *bench) awaitTrouble(want string) {
 
 // Envoy notices nothing of a control plane that goes and comes, and what it holds is listed.
 func TestControlPlaneEnds(t *testing.T) {
-	b, envoy, up := started(t)
+	b, envoy, _ := started(t)
 	for i, end := range []error{nil, status.Error(codes.PermissionDenied, "who are you")} {
 		if trouble := b.relay.Trouble(); trouble != "" {
 			t.Errorf("%d: trouble while connected: %s", i, trouble)
@@ -232,7 +232,7 @@ func TestControlPlaneEnds(t *testing.T) {
 		}
 		b.awaitTrouble(want)
 		b.down.Store(false)
-		up = b.upstream()
+		up := b.upstream()
 		wantRequest(t, up, held)
 		send(t, up, &deltaResponse{TypeUrl: TypeListener, Nonce: "1"})
 		if r := b.hears(envoy); len(r.Resources) > 0 {

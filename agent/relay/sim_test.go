@@ -166,7 +166,7 @@ func (p *simPlane) take() {
 			continue
 		}
 		_, held := r.InitialResourceVersions[n]
-		k.explicit[n], k.due[n] = true, !(first && held)
+		k.explicit[n], k.due[n] = true, !first || !held
 	}
 }
 
