@@ -149,7 +149,7 @@ func (w *world) holdsCluster(d netip.AddrPort) bool {
 	return strings.Contains(w.adminOf("/config_dump?resource=dynamic_active_clusters"), `"od|`+d.String()+`"`)
 }
 
-// sentAgain wants a control plane that has come back to have sent nothing but so many clusters.
+// sentAgain wants a control plane that has come back to have sent nothing but at most so many clusters.
 func (w *world) sentAgain(when string, clusters uint64) {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), patience)
@@ -162,8 +162,8 @@ func (w *world) sentAgain(when string, clusters uint64) {
 		if url == server.ClusterType {
 			want = clusters
 		}
-		if n.Resources != want {
-			w.t.Errorf("%s: %d resources of %s were sent, want %d", when, n.Resources, url, want)
+		if n.Resources > want {
+			w.t.Errorf("%s: %d resources of %s were sent, want at most %d", when, n.Resources, url, want)
 		}
 	}
 }
@@ -204,7 +204,7 @@ func TestEnvoyDiesWithoutControlPlane(t *testing.T) {
 	reaches(t, "unknown, again", nobody, "")
 
 	w.startPlaneWithDestinations()
-	w.sentAgain("after both were away", 1) // the denied one, which no Envoy has held since the first
+	w.sentAgain("after both were away", 1) // the denied one: without a SYN hold nobody keeps it
 	all("afterwards")
 
 	// The other way round: Envoy is killed and the control plane is there. It is asked again, and has nothing to say either.
