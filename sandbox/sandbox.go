@@ -396,6 +396,9 @@ func (s *Sandbox) Authority() *ca.CA { return s.authority }
 
 // RotateRoot has the authority go over to another root, in steps that nobody notices (see controlplane.Rotate).
 func (s *Sandbox) RotateRoot(ctx context.Context, next ca.Material) error {
+	if s.cp == nil {
+		return errors.New("rotate the root: the control plane is stopped")
+	}
 	return s.cp.Rotate(ctx, next, s.writeBundle)
 }
 
