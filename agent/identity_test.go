@@ -85,13 +85,13 @@ func TestFollow(t *testing.T) {
 		}
 		began := time.Now()
 		s.set(func() { s.subject = b }) // and who signs does not know yet
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		synctest.Wait()
 		if n := len(s.renewals); n < 3 || n > 5 || !s.renewals[0].Equal(began) {
 			t.Errorf("in the first second renewed %d times: %v", n, s.renewals)
 		}
 		s.set(func() { s.signs = b })
-		time.Sleep(lastAgain)
+		<-time.After(lastAgain)
 		synctest.Wait()
 		if s.has != b {
 			t.Fatal("it has not got there")
@@ -104,7 +104,7 @@ func TestFollow(t *testing.T) {
 			t.Errorf("missing %q", got)
 		}
 		n := len(s.renewals)
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		synctest.Wait()
 		if len(s.renewals) != n {
 			t.Errorf("renewed %d times more for no reason", len(s.renewals)-n)

@@ -71,12 +71,12 @@ func TestRelabelledPodIsRetired(t *testing.T) {
 		if admits("10.64.0.2") || !admits("10.64.0.3") || !admits("10.64.0.4") {
 			t.Error("not exactly the relabelled pod is refused under its old identity")
 		}
-		time.Sleep(time.Hour + retiredMargin - time.Second)
+		<-time.After(time.Hour + retiredMargin - time.Second)
 		synctest.Wait()
 		if admits("10.64.0.2") {
 			t.Errorf("admitted after %s, and a certificate may still be good", time.Since(began))
 		}
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		synctest.Wait()
 		if !admits("10.64.0.2") {
 			t.Error("it is never forgotten")
