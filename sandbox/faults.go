@@ -28,7 +28,7 @@ func (s *Sandbox) StopControlPlane() {
 		return
 	}
 	s.grpc.Stop() // first the sockets: no stream can say goodbye
-	s.cp.Server().Close()
+	s.cp.Close()
 	s.serving.Wait()
 	s.cp, s.grpc = nil, nil
 }
