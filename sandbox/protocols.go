@@ -24,22 +24,16 @@ func carried(p verdict.Protocol) (netns.Protocol, bool) {
 // Tried returns the attempts that real packets can make, and says of the others how many there are and why they cannot be tried. The
 // evaluator knows what becomes of those too.
 func Tried(attempts []matrix.Attempt) (tried []matrix.Attempt, notices []string, err error) {
-	sctp, balanced := 0, 0
+	sctp := 0
 	for _, a := range attempts {
-		switch {
-		case a.Protocol == verdict.SCTP:
+		if a.Protocol == verdict.SCTP {
 			sctp++
-		case a.Protocol == verdict.UDP && a.Via == matrix.ViaService:
-			balanced++
-		default:
-			tried = append(tried, a)
+			continue
 		}
-	}
-	if balanced > 0 {
-		notices = append(notices, fmt.Sprintf("%d UDP connections to Services are not tried: pods do not balance UDP yet; mantlet simulate says what will become of them", balanced))
+		tried = append(tried, a)
 	}
 	if sctp == 0 {
-		return tried, notices, nil
+		return tried, nil, nil
 	}
 	has, err := kernelHas("SCTP")
 	if err != nil {
@@ -49,7 +43,7 @@ func Tried(attempts []matrix.Attempt) (tried []matrix.Attempt, notices []string,
 	if has {
 		why = "the sandbox has no probe for SCTP"
 	}
-	return tried, append(notices, fmt.Sprintf("%d SCTP connections are not tried: %s; mantlet simulate says what becomes of them", sctp, why)), nil
+	return tried, []string{fmt.Sprintf("%d SCTP connections are not tried: %s; mantlet simulate says what becomes of them", sctp, why)}, nil
 }
 
 // kernelHas looks for a protocol among those that are there now. Asking for a socket instead would load the module into the machine.

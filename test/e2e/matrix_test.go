@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -40,9 +39,6 @@ func TestExamples(t *testing.T) {
 				t.Fatal(err)
 			}
 			attempts := plan(t, m, want.Options)
-			want.Lines = slices.DeleteFunc(want.Lines, func(l expected.Line) bool { // until pods balance UDP
-				return l.Port.Protocol != verdict.TCP && l.Via == matrix.ViaService
-			})
 			res := try(t, start(t, m, want.Options), attempts)
 			for _, d := range want.Diff(res.Report) {
 				t.Error(d)
