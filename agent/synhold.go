@@ -139,7 +139,7 @@ func (s *synHold) run(ctx context.Context) error {
 		}
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // what fails at the end is the end
 		case err == nil:
 			failures = 0
 			continue
@@ -172,8 +172,7 @@ func (s *synHold) work(ctx context.Context, n wire.Network, changed <-chan struc
 	go func() { ended <- h.Run(ctx) }()
 	if err := s.put(); err != nil { // what came while it was opened
 		cancel()
-		<-ended
-		return err
+		return errors.Join(err, <-ended)
 	}
 	select {
 	case err = <-ended:

@@ -19,18 +19,24 @@ const keptFlows = 4096
 type flowLog struct {
 	mu      sync.Mutex
 	partial []byte
-	byApp   map[netip.AddrPort]flows.Record // by the sidecar's own address towards the app, which is what the app sees
-	order   []netip.AddrPort                // of byApp, oldest first; some are gone
-	changed chan struct{}                   // closed at the next record
-	revoked []flows.Record                  // the last mostRevoked of connections that were cut, oldest first
+	byApp   map[atApp]flows.Record
+	order   []atApp        // of byApp, oldest first; some are gone
+	changed chan struct{}  // closed at the next record
+	revoked []flows.Record // the last mostRevoked of connections that were cut, oldest first
 	err     error
+}
+
+// atApp is a connection as the app sees it: the sidecar's own address, which may lead to several of the pod's ports at once, and the port.
+type atApp struct {
+	from netip.AddrPort
+	port uint16
 }
 
 // mostRevoked bounds what is kept of connections that were cut.
 const mostRevoked = 1000
 
 func newFlowLog() *flowLog {
-	return &flowLog{byApp: map[netip.AddrPort]flows.Record{}, changed: make(chan struct{})}
+	return &flowLog{byApp: map[atApp]flows.Record{}, changed: make(chan struct{})}
 }
 
 // Write takes a piece of the stream. It never fails: a line that is no record is kept as the error of wait and close.
@@ -55,7 +61,7 @@ func (f *flowLog) Write(b []byte) (int, error) {
 			continue
 		}
 		if r.Direction == flows.Inbound && r.UpstreamLocal.IsValid() {
-			f.keep(unmap(r.UpstreamLocal), r)
+			f.keep(atApp{unmap(r.UpstreamLocal), r.UpstreamRemote.Port()}, r)
 		}
 	}
 	close(f.changed)
@@ -63,7 +69,7 @@ func (f *flowLog) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (f *flowLog) keep(seen netip.AddrPort, r flows.Record) {
+func (f *flowLog) keep(seen atApp, r flows.Record) {
 	f.byApp[seen] = r
 	f.order = append(f.order, seen)
 	if len(f.order) >= 2*keptFlows {
@@ -76,9 +82,9 @@ func (f *flowLog) keep(seen netip.AddrPort, r flows.Record) {
 	}
 }
 
-// wait returns the record of the connection that the app saw as coming from an address. A record is used once: ports come again.
-func (f *flowLog) wait(ctx context.Context, seen netip.AddrPort) (flows.Record, error) {
-	seen = unmap(seen)
+// wait returns the record of the connection that the app saw as coming from an address to a port. A record is used once: ports come again.
+func (f *flowLog) wait(ctx context.Context, from netip.AddrPort, port uint16) (flows.Record, error) {
+	seen := atApp{unmap(from), port}
 	for {
 		f.mu.Lock()
 		r, ok := f.byApp[seen]

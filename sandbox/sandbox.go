@@ -256,8 +256,12 @@ func speaks(l matrix.Listener) netns.Speaks {
 func (s *Sandbox) addOutsides(ctx context.Context) error {
 	ports := map[netip.Prefix][]netns.Port{}
 	for _, e := range s.cfg.Options.External {
-		if proto, ok := carried(e.Protocol); ok {
+		proto, ok := carried(e.Protocol)
+		switch {
+		case ok:
 			ports[e.Prefix] = append(ports[e.Prefix], netns.Port{Number: e.Port, Protocol: proto, Speaks: netns.ClientFirst})
+		case e.Protocol != verdict.SCTP: // which Tried tells of
+			return fmt.Errorf("external %s: protocol %s cannot be tried", e.Prefix, e.Protocol)
 		}
 	}
 	for prefix, list := range ports {

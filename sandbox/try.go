@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -203,7 +204,12 @@ func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
 func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Outcome) (*Flow, error) {
 	ctx, cancel := context.WithTimeout(ctx, flowPatience)
 	defer cancel()
-	rec, err := to.agent.flows.wait(ctx, o.Seen)
+	number := o.Reached[strings.LastIndexByte(o.Reached, ':')+1:]
+	port, err := strconv.ParseUint(number, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("%s answers as %q: %w", to.name, o.Reached, err)
+	}
+	rec, err := to.agent.flows.wait(ctx, o.Seen, uint16(port))
 	if err != nil {
 		return nil, fmt.Errorf("the sidecar of %s did not log the connection that its app saw from %s: %w", to.name, o.Seen, err)
 	}

@@ -192,7 +192,7 @@ func (h *Holder) anew(holding bool) error {
 	return h.shape.write(holding)
 }
 
-// Name, Check and Repair let netfilter.Guard look after the table: its rules, chains and sets, in the calling thread's network namespace. What
+// Name is the table's. With Check and Repair it lets netfilter.Guard look after it: its rules, chains and sets, in the calling thread's network namespace. What
 // the sets hold it leaves alone. Whoever takes an element away has the destination asked about again, or, outside the cluster, refused until
 // the policy changes; whoever adds one lets SYNs go on to Envoy, who decides anyway.
 func (h *Holder) Name() string { return TableName }

@@ -116,7 +116,7 @@ func (s *shape) judge(of *outside) judging {
 		s.tooMany(of, fmt.Errorf("%d ranges of addresses and ports, more than %d", n, s.cfg.MaxOutside))
 		return of.judging
 	}
-	return of.direction.judge(of.rulings, s.generation)
+	return of.judge(of.rulings, s.generation)
 }
 
 func (s *shape) tooMany(of *outside, why error) {

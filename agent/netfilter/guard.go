@@ -54,7 +54,7 @@ func (g *guard) watch(ctx context.Context) (lost, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("netfilter: open netlink: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	if err := errors.Join(conn.SetReadBuffer(4<<20), conn.JoinGroup(unix.NFNLGRP_NFTABLES)); err != nil {
 		return nil, fmt.Errorf("netfilter: watch nftables: %w", err)
 	}

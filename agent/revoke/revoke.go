@@ -245,7 +245,7 @@ func (r *Revoker) cutSome(list []sentence) {
 			r.cfg.Logger.Error("revoke: a connection that policy denies could not be cut; tried again at the next audit", "error", e,
 				"source", s.Source, "destination", s.Destination, "peer", s.Peer, "reason", s.reason.Text)
 			r.mu.Lock()
-			s.connection.cut = false
+			s.cut = false
 			r.mu.Unlock()
 		}
 		if gone[i] {

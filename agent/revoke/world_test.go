@@ -1,6 +1,7 @@
 package revoke
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -159,7 +160,7 @@ func (p *proxied) wantCut(t testing.TB) {
 	t.Helper()
 	for name, c := range map[string]net.Conn{"peer": p.peer, "app": p.app} {
 		_ = c.SetReadDeadline(time.Now().Add(patience))
-		if _, err := c.Read(make([]byte, 1)); err == nil || isTimeout(err) || err == io.EOF {
+		if _, err := c.Read(make([]byte, 1)); err == nil || isTimeout(err) || errors.Is(err, io.EOF) {
 			t.Errorf("the %s was not told: %v", name, err)
 		}
 	}
@@ -180,6 +181,6 @@ func (p *proxied) wantOpen(t testing.TB) {
 }
 
 func isTimeout(err error) bool {
-	e, ok := err.(net.Error)
-	return ok && e.Timeout()
+	var e net.Error
+	return errors.As(err, &e) && e.Timeout()
 }

@@ -104,7 +104,7 @@ func (in *input) read(args []string, stderr io.Writer) (*world, error) {
 		return nil, err
 	}
 	notice(stderr, w)
-	w.config = policy.Config{TrustDomain: td, PodNetwork: w.manifests.PodNetwork, DefaultMode: mode}
+	w.config = policy.Config{TrustDomain: td, PodNetwork: w.manifests.PodNetwork, ServiceNetwork: w.manifests.ServiceNetwork, DefaultMode: mode}
 	w.index = policy.NewIndex(w.config)
 	if err := w.index.ApplyAll(&w.manifests.Objects); err != nil {
 		return nil, err

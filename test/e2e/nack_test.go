@@ -40,7 +40,7 @@ type published struct {
 // publishedFor makes what the control plane made for a pod.
 func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	t.Helper()
-	index := policy.NewIndex(policy.Config{TrustDomain: trustDomain, PodNetwork: m.PodNetwork})
+	index := policy.NewIndex(policy.Config{TrustDomain: trustDomain, PodNetwork: m.PodNetwork, ServiceNetwork: m.ServiceNetwork})
 	if err := index.ApplyAll(&m.Objects); err != nil {
 		t.Fatal(err)
 	}
@@ -95,6 +95,7 @@ func brokenGate(t *testing.T) *listenerv3.Listener {
 		t.Fatal(err)
 	}
 	l := xds.Gate(&verdict.Verdicts{})
+	l.FilterChains = nil // Envoy writes down the whole resource before the reason, and no more than 4096 bytes of both
 	l.FilterChainMatcher = &matcherv3.Matcher{
 		MatcherType: &matcherv3.Matcher_MatcherTree_{MatcherTree: &matcherv3.Matcher_MatcherTree{
 			Input:    &corexds.TypedExtensionConfig{Name: "port", TypedConfig: input},

@@ -115,7 +115,11 @@ spec:
 		check("api-0", "api-2")()
 	})
 	check(all...)()
-	// The port of the service itself is nobody's: a rule that names it admits nothing.
+	// The port of the service itself is nobody's: a rule that names it admits nothing, and cuts what was open.
+	for _, st := range streams {
+		_ = st.Close()
+	}
+	streams = nil
 	under(t, s, `
 metadata: {name: of-web}
 spec:

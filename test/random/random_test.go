@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	worlds = flag.Int("worlds", 150, "how many random worlds to try")
+	worlds = flag.Int("worlds", 50, "how many random worlds to try")
 	seed   = flag.Uint64("seed", 0, "seed of the first world")
 )
 

@@ -8,7 +8,6 @@ import (
 
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/test/hammer"
-	"github.com/mantlet/mantlet/xds/server"
 )
 
 // step does one thing at random and lets the clients try for a while.
@@ -153,7 +152,7 @@ func (k *soak) confirmed() {
 	k.within(func(ctx context.Context) error {
 		ledger := k.s.ControlPlane().Server().Ledger()
 		for _, c := range ledger.Snapshot() {
-			if err := ledger.Wait(ctx, server.Client(c.Client)); err != nil {
+			if err := ledger.Wait(ctx, c.Client); err != nil {
 				return err
 			}
 		}

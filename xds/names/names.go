@@ -7,8 +7,10 @@ const (
 	InboundPort = 15006
 	// OutboundPort is where the pod's netns redirects TCP that the app sends.
 	OutboundPort = 15001
-	// FirstNodePort and LastNodePort are the API server's default --service-node-port-range.
-	FirstNodePort, LastNodePort = 30000, 32767
+	// FirstNodePort begins the API server's default --service-node-port-range.
+	FirstNodePort = 30000
+	// LastNodePort ends it.
+	LastNodePort = 32767
 	// ProxyUID is the user that Envoy runs as; its sockets are exempt from capture.
 	ProxyUID = 15150
 	// ProxyMark is the socket mark that exempts the agent's own connections from capture (and Envoy's, where the kernel gives
