@@ -6,6 +6,7 @@ import (
 	"slices"
 	"testing"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	networkingv1 "k8s.io/api/networking/v1"
 
@@ -44,7 +45,8 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 			t.Fatal(err)
 		}
 		e := &emitted{x, map[string]*verdict.Verdicts{}}
-		gates := map[string]*listenerv3.Listener{}
+		gates, outs := map[string]*listenerv3.Listener{}, map[string]*listenerv3.Listener{}
+		rbacs := map[string]*corev3.TypedExtensionConfig{}
 		for _, c := range w.Connections() {
 			if c.Protocol != verdict.TCP {
 				continue
@@ -75,7 +77,10 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 						out, _ := w.Egress(c)
 						want = in && out
 					}
-					ruling, err := matcher.RBAC(xds.RBAC(v), matcher.Connection{
+					if rbacs[key(c.To)] == nil {
+						rbacs[key(c.To)] = xds.RBAC(v)
+					}
+					ruling, err := matcher.RBAC(rbacs[key(c.To)], matcher.Connection{
 						DestinationIP: m.DestinationIP, DestinationPort: m.DestinationPort, SourceIP: m.SourceIP, TransportProtocol: "tls",
 						TLS: &matcher.TLS{URISANs: []string{id}}})
 					if err != nil || ruling.Allowed != want {
@@ -93,9 +98,13 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 			}
 			if isPod(c.From) && oracle.Sidecar(c.From) && !c.Plaintext && !isPod(c.To) {
 				from, _ := x.Pod(key(c.From))
-				out := xds.Outbound(e.verdicts(key(c.From)), w.PodNetwork, from.NodeIPs)
-				if err := matcher.CheckListener(out); err != nil {
-					t.Fatal(err)
+				out := outs[key(c.From)]
+				if out == nil {
+					out = xds.Outbound(e.verdicts(key(c.From)), w.PodNetwork, from.NodeIPs)
+					if err := matcher.CheckListener(out); err != nil {
+						t.Fatal(err)
+					}
+					outs[key(c.From)] = out
 				}
 				chain, err := matcher.FilterChain(out, matcher.Connection{DestinationIP: c.ToAddr, DestinationPort: c.Port, SourceIP: c.FromAddr})
 				want := names.ChainDeny
