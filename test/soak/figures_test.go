@@ -164,8 +164,7 @@ func table(before, after figures) string {
 }
 
 // What may be more at the end than after the warm-up. Descriptors and goroutines come and go with connections to the control plane that are
-// being made anew; memory settles late, and an allocator keeps what it had once: under the race detector, of a dump of thousands of
-// conntrack entries several times their size.
+// being made anew; memory settles late, and an allocator keeps what it had once. The agents' is too wide: see docs/plan.md.
 const (
 	slackGoroutines = 20
 	slackFiles      = 8
