@@ -138,13 +138,18 @@ func sameExprs(a, b []expr.Any) (bool, error) {
 	return true, nil
 }
 
-// lasting leaves out the number of a set, which means something only in the transaction that makes the set.
+// lasting leaves out what is not read back: the number of a set, which means something only in the transaction that makes the set, and the
+// register from which something of a flow is set, which the library does not read.
 func lasting(e expr.Any) expr.Any {
 	switch e := e.(type) {
 	case *expr.Lookup:
 		c := *e
 		c.SetID = 0
 		return &c
+	case *expr.Ct:
+		if e.SourceRegister {
+			return &expr.Ct{Key: e.Key}
+		}
 	case *expr.Dynset:
 		c := *e
 		c.SetID = 0
