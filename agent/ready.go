@@ -41,12 +41,38 @@ type ledger interface {
 
 // state is what there was at one moment.
 type state struct {
-	missing []string // in the order in which it comes, in words for a person; empty: ready
-	quiet   bool     // what is missing tells of no event when it comes
-	changed [5]<-chan struct{}
+	missing    []string // in the order in which it comes, in words for a person; empty: ready
+	configured bool     // Envoy runs and has accepted everything
+	quiet      bool     // what is missing tells of no event when it comes
+	changed    [5]<-chan struct{}
 }
 
+// state looks at everything.
 func (r *readiness) state() state {
+	s := r.told()
+	var broken []string
+	for _, t := range r.tables {
+		if err := t.Check(); err != nil { // whoever guards the table is about to write it again
+			broken = append(broken, err.Error())
+		}
+	}
+	s.missing, s.quiet = append(broken, s.missing...), len(broken) > 0
+	if !s.configured {
+		return s
+	}
+	closed, err := notListening(r.envoy.uid, names.InboundPort, names.OutboundPort)
+	switch {
+	case err != nil:
+		s.missing = append(s.missing, err.Error())
+	case len(closed) > 0: // Envoy listens milliseconds after its ACK
+		s.missing = append(s.missing, "envoy does not listen on port "+portList(closed))
+		s.quiet = true
+	}
+	return s
+}
+
+// told looks at what tells of its changes, without asking the kernel: it is for each of them.
+func (r *readiness) told() state {
 	pid, envoyChanged := r.envoy.get()
 	s := state{changed: [5]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed(), r.packets.Changed()}}
 	select {
@@ -54,12 +80,6 @@ func (r *readiness) state() state {
 		s.missing = []string{"the agent is stopping"}
 		return s
 	default:
-	}
-	for _, t := range r.tables {
-		if err := t.Check(); err != nil { // whoever guards the table is about to write it again
-			s.missing = append(s.missing, err.Error())
-			s.quiet = true
-		}
 	}
 	if _, err := r.source.GetX509SVID(); err != nil {
 		s.missing = append(s.missing, err.Error())
@@ -87,14 +107,7 @@ func (r *readiness) state() state {
 		s.missing = append(s.missing, why)
 		return s
 	}
-	closed, err := notListening(r.envoy.uid, names.InboundPort, names.OutboundPort)
-	switch {
-	case err != nil:
-		s.missing = append(s.missing, err.Error())
-	case len(closed) > 0: // Envoy listens milliseconds after its ACK
-		s.missing = append(s.missing, "envoy does not listen on port "+portList(closed))
-		s.quiet = true
-	}
+	s.configured = true
 	return s
 }
 
@@ -135,7 +148,7 @@ func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Log
 		}
 		logger.Info("agent: ready", "after", time.Since(began).Round(time.Millisecond))
 		for {
-			s := r.state()
+			s := r.told()
 			if len(s.missing) > 0 {
 				logger.Warn("agent: no longer ready", "missing", strings.Join(s.missing, "; "))
 				break

@@ -15,10 +15,7 @@ func Check(p *verdict.Packets) error {
 	if err != nil {
 		return err
 	}
-	l := netfilter.Layout{Table: TableName}
-	for _, c := range rs.Chains {
-		l.Chains = append(l.Chains, netfilter.Chain{Chain: c.Chain, Rules: c.Rules})
-	}
+	l := netfilter.Layout{Table: TableName, Chains: rs.Chains}
 	for _, s := range rs.Sets {
 		l.Sets = append(l.Sets, s.Name)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -35,10 +36,7 @@ type Set struct {
 }
 
 // Chain is a chain with its rules.
-type Chain struct {
-	*nftables.Chain
-	Rules [][]expr.Any
-}
+type Chain = netfilter.Chain
 
 // direction is what differs between ingress and egress.
 type direction struct {
