@@ -74,18 +74,18 @@ func (o *ownIdentity) differ() (have, want spiffeid.ID, differ bool) {
 	return s.ID, v.Verdicts.Subject, s.ID != v.Verdicts.Subject
 }
 
-// missing says why what Envoy shows is not the certificate of the pod's identity, or is empty where it is.
-func (o *ownIdentity) missing() string {
+// missing says why what Envoy shows is not the certificate of the pod's identity, or is empty where it is; and returns a channel that is closed
+// when Envoy has another one. That of the verdicts has a channel of its own.
+func (o *ownIdentity) missing() (why string, changed <-chan struct{}) {
+	held, changed := o.held()
 	v := o.verdicts.Current()
-	if v == nil {
-		return "" // said elsewhere
-	}
-	held, _ := o.held()
 	switch {
+	case v == nil: // said elsewhere
+		return "", changed
 	case held.IsZero():
-		return "envoy has no certificate"
+		return "envoy has no certificate", changed
 	case held != v.Verdicts.Subject:
-		return fmt.Sprintf("the pod is %s now, and envoy has the certificate of %s", v.Verdicts.Subject, held)
+		return fmt.Sprintf("the pod is %s now, and envoy has the certificate of %s", v.Verdicts.Subject, held), changed
 	}
-	return ""
+	return "", changed
 }

@@ -18,8 +18,8 @@ type readiness struct {
 	ledger   ledger
 	verdicts decided
 	packets  decided
-	identity func() string // why the certificate that Envoy shows is not the pod's, or ""
-	trouble  func() string // why the control plane gives no configuration, or ""
+	identity func() (missing string, changed <-chan struct{}) // why the certificate that Envoy shows is not the pod's, or ""
+	trouble  func() string                                    // why the control plane gives no configuration, or ""
 	envoy    *peer
 	stopping <-chan struct{}
 }
@@ -44,7 +44,7 @@ type state struct {
 	missing    []string // in the order in which it comes, in words for a person; empty: ready
 	configured bool     // Envoy runs and has accepted everything
 	quiet      bool     // what is missing tells of no event when it comes
-	changed    [5]<-chan struct{}
+	changed    [6]<-chan struct{}
 }
 
 // state looks at everything.
@@ -74,7 +74,9 @@ func (r *readiness) state() state {
 // told looks at what tells of its changes, without asking the kernel: it is for each of them.
 func (r *readiness) told() state {
 	pid, envoyChanged := r.envoy.get()
-	s := state{changed: [5]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed(), r.packets.Changed()}}
+	s := state{changed: [6]<-chan struct{}{r.ledger.Changed(), r.source.Updated(), envoyChanged, r.verdicts.Changed(), r.packets.Changed()}}
+	var unlike string
+	unlike, s.changed[5] = r.identity() // after the verdicts' channel was read
 	select {
 	case <-r.stopping:
 		s.missing = []string{"the agent is stopping"}
@@ -93,9 +95,8 @@ func (r *readiness) told() state {
 		s.missing = append(s.missing, "envoy is not running")
 		return s
 	}
-	if why := r.identity(); why != "" {
-		s.missing = append(s.missing, why)
-		s.quiet = true // Envoy's ACK is no event here
+	if unlike != "" {
+		s.missing = append(s.missing, unlike)
 	}
 	unheld := r.ledger.Missing(relay.TypeListener, names.Inbound, names.Gate, names.Outbound)
 	unheld = append(unheld, r.ledger.Missing(relay.TypeExtension, names.RBAC)...)
@@ -135,6 +136,7 @@ func (r *readiness) wait(ctx context.Context) []string {
 		case <-s.changed[2]:
 		case <-s.changed[3]:
 		case <-s.changed[4]:
+		case <-s.changed[5]:
 		case <-tick:
 		}
 	}
@@ -163,6 +165,7 @@ func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Log
 			case <-s.changed[2]:
 			case <-s.changed[3]:
 			case <-s.changed[4]:
+			case <-s.changed[5]:
 			}
 		}
 	}

@@ -89,8 +89,9 @@ func TestMissing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
 			r := &readiness{
-				tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, identity: func() string { return p.identity },
-				trouble: func() string { return "no control plane" }, envoy: running(os.Getuid()),
+				tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p},
+				identity: func() (string, <-chan struct{}) { return p.identity, p.changed },
+				trouble:  func() string { return "no control plane" }, envoy: running(os.Getuid()),
 			}
 			tt.change(r, p)
 			ctx, cancel := context.WithCancel(t.Context())
@@ -108,6 +109,44 @@ func TestMissing(t *testing.T) {
 				t.Errorf("body %q, want %q", answer.Body, tt.want)
 			}
 		})
+	}
+}
+
+// Envoy's certificate may be the last thing to come, and then only the SDS server tells of it. Nobody else changes here, and
+// the wait has no other end than that of the test.
+func TestWaitForCertificate(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	for _, port := range []string{"15001", "15006"} {
+		l, err := net.Listen("tcp", "[::]:"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+	}
+	p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
+	held, asked := make(chan struct{}), make(chan struct{}, 1)
+	r := &readiness{
+		tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, envoy: newPeer(os.Getuid()),
+		identity: func() (string, <-chan struct{}) {
+			select {
+			case <-held:
+				return "", nil
+			default:
+			}
+			select {
+			case asked <- struct{}{}:
+			default:
+			}
+			return "envoy has no certificate", held
+		},
+	}
+	r.envoy.set(1)
+	waited := make(chan []string)
+	go func() { waited <- r.wait(t.Context()) }()
+	<-asked
+	close(held)
+	if got := <-waited; len(got) > 0 {
+		t.Errorf("missing %v", got)
 	}
 }
 

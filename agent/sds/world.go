@@ -35,6 +35,7 @@ func (w *worldStream) receive(req *discoveryv3.DiscoveryRequest) error {
 	if detail := req.GetErrorDetail(); detail != nil {
 		logNACK(w.log, w.sent, detail.GetMessage())
 	} else if req.GetResponseNonce() != "" {
+		w.log.Debug("sds: envoy accepted", "nonce", w.nonce, "secrets", w.sent)
 		w.accepted(w.id)
 	}
 	w.names = nil
@@ -79,5 +80,6 @@ func (w *worldStream) push(have map[string]secret) error {
 	w.nonce++
 	resp.Nonce = strconv.Itoa(w.nonce)
 	resp.VersionInfo = hex.EncodeToString(sum.Sum(nil)[:8])
+	w.log.Debug("sds: sent", "nonce", w.nonce, "secrets", sent)
 	return w.send(resp)
 }
