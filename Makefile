@@ -6,6 +6,7 @@ SHELL         := /bin/bash
 GO            ?= go
 FUZZTIME      ?= 30s
 SOAK          ?= 20m
+SOAKBUILD     ?= -race
 TESTFLAGS     ?=
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
@@ -30,11 +31,11 @@ demo: build envoy ## Enforce the policies of examples/shop with real Envoys on t
 
 .PHONY: test
 test: envoy build cc vet fmt ## Run every test, with the race detector (what CI runs)
-	$(GO) test -race -timeout 15m $(TESTFLAGS) ./...
+	$(GO) test -race -timeout 20m $(TESTFLAGS) ./...
 
 .PHONY: soak
-soak: envoy cc ## Run edits, kills and restarts under load for SOAK
-	$(GO) test -race -count=1 -v -timeout 0 ./test/soak -soak $(SOAK)
+soak: envoy cc ## Run edits, kills and restarts under load for SOAK; SOAKBUILD=-trimpath: agents as shipped
+	$(GO) test -race -count=1 -v -timeout 0 ./test/soak -soak $(SOAK) -agent-build=$(SOAKBUILD)
 
 .PHONY: vet
 vet: ## Run go vet

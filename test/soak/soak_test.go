@@ -26,6 +26,7 @@ func TestMain(m *testing.M) { netns.TestMain(m) }
 
 var (
 	duration = flag.Duration("soak", 2*time.Minute, "how long")
+	build    = flag.String("agent-build", "-race", "flag of go build for the agents; \"-trimpath\", for example, measures the memory of what is shipped")
 	seed     = flag.Uint64("seed", 0, "of what is random; 0: another one each time")
 )
 
@@ -164,7 +165,7 @@ func (k *soak) start() {
 	}
 }
 
-// binaries builds the agent with the race detector and finds Envoy.
+// binaries builds the agent, with the race detector if not told otherwise, and finds Envoy.
 func binaries(t *testing.T) sandbox.Binaries {
 	t.Helper()
 	enclosure, err := netns.Enclosed()
@@ -172,9 +173,9 @@ func binaries(t *testing.T) sandbox.Binaries {
 		t.Fatal(err)
 	}
 	b := sandbox.Binaries{Agent: filepath.Join(enclosure.RunDir, "mantlet-agent"), Envoy: os.Getenv("MANTLET_ENVOY")}
-	build := exec.Command("go", "build", "-race", "-o", b.Agent, "./cmd/mantlet-agent")
-	build.Dir = filepath.Join("..", "..")
-	if out, err := build.CombinedOutput(); err != nil {
+	cmd := exec.Command("go", "build", *build, "-o", b.Agent, "./cmd/mantlet-agent")
+	cmd.Dir = filepath.Join("..", "..")
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build the agent: %v\n%s", err, out)
 	}
 	if b.Envoy == "" {
