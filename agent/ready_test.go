@@ -52,16 +52,22 @@ func (p *parts) Updated() <-chan struct{}                 { return p.changed }
 func (p *parts) Changed() <-chan struct{}                 { return p.changed }
 func (p *parts) Missing(url string, _ ...string) []string { return p.missing[url] }
 
-// Each thing that is missing is enough, and is named.
-func TestMissing(t *testing.T) {
-	t.Cleanup(func() { goleak.VerifyNone(t) })
+// listen takes the capture ports, as Envoy would, until the test ends.
+func listen(t *testing.T) {
+	t.Helper()
 	for _, port := range []string{"15001", "15006"} {
 		l, err := net.Listen("tcp", "[::]:"+port)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer l.Close()
+		t.Cleanup(func() { l.Close() })
 	}
+}
+
+// Each thing that is missing is enough, and is named.
+func TestMissing(t *testing.T) {
+	t.Cleanup(func() { goleak.VerifyNone(t) })
+	listen(t)
 	running := func(uid int) *peer {
 		p := newPeer(uid)
 		p.set(1)
@@ -116,13 +122,7 @@ func TestMissing(t *testing.T) {
 // the wait has no other end than that of the test.
 func TestWaitForCertificate(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
-	for _, port := range []string{"15001", "15006"} {
-		l, err := net.Listen("tcp", "[::]:"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-	}
+	listen(t)
 	p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
 	held, asked := make(chan struct{}), make(chan struct{}, 1)
 	r := &readiness{
