@@ -164,8 +164,8 @@ func table(before, after figures) string {
 }
 
 // What may be more at the end than after the warm-up. Descriptors and goroutines come and go with connections to the control plane that are
-// being made anew; memory settles late, and an allocator keeps what it had once. The race detector keeps a shadow
-// of every page that an agent ever used: that is not the agent's memory, and has a wider bound of its own.
+// being made anew; memory settles late, and an allocator keeps what it had once. Agents built with the race
+// detector grow more, most likely by its shadow memory, and have a bound of their own that is too wide: see docs/plan.md.
 const (
 	slackGoroutines = 20
 	slackFiles      = 8
