@@ -20,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/xds/server"
 )
 
@@ -237,8 +238,11 @@ func TestQuestions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	told := make(chan map[netip.AddrPort]bool, 16)
-	a.relay.OnDestinations(func(news map[netip.AddrPort]bool) { told <- news })
+	told := make(chan map[netip.AddrPort]relay.Verdict, 16)
+	a.relay.OnDestinations(func(news map[netip.AddrPort]relay.Verdict) {
+		a.hold.flip(news)
+		told <- news
+	})
 	w.run(a)
 	w.ready()
 	ask := func(d netip.AddrPort, want bool) {
@@ -267,15 +271,16 @@ func TestQuestions(t *testing.T) {
 	reaches(t, "asked about", friend, "hello\n")
 
 	w.apply(mayReach("stranger"))
-	both := map[netip.AddrPort]bool{}
-	for len(both) < 2 { // the denial comes first, and the admission when Envoy has it
+	both := map[netip.AddrPort]relay.Verdict{}
+	for len(both) < 2 {
 		for d, v := range <-told {
 			both[d] = v
 		}
 	}
-	if both[friend] || !both[stranger] {
+	if both[friend] != relay.Denied || both[stranger] != relay.Unknown {
 		t.Errorf("told %v", both)
 	}
+	holds(stranger, false) // before somebody wants to go there
 	reaches(t, "now allowed", stranger, "hello\n")
 	reaches(t, "now denied", friend, "")
 	w.apply(mayReach("friend"))
@@ -284,9 +289,10 @@ func TestQuestions(t *testing.T) {
 			both[d] = v
 		}
 	}
-	if !both[friend] || both[stranger] {
+	if both[friend] != relay.Unknown || both[stranger] != relay.Denied {
 		t.Errorf("told %v", both)
 	}
+	holds(friend, false)
 	reaches(t, "allowed again", friend, "hello\n")
 
 	a.relay.Forget([]netip.AddrPort{friend, stranger, nobody})

@@ -12,6 +12,7 @@ import (
 	"github.com/mantlet/mantlet/agent/flows"
 	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/agent/verdicts"
 	"github.com/mantlet/mantlet/verdict/wire"
 )
@@ -92,12 +93,21 @@ func (s *synHold) put() error {
 }
 
 // flip puts new answers in force, for destinations that were asked about.
-func (s *synHold) flip(answers map[netip.AddrPort]bool) {
+func (s *synHold) flip(answers map[netip.AddrPort]relay.Verdict) {
 	h, _ := s.current()
 	if h == nil {
 		return // nothing is known of any destination
 	}
-	if err := h.Flip(answers); err != nil {
+	known := map[netip.AddrPort]bool{}
+	var unknown []netip.AddrPort
+	for dest, v := range answers {
+		if v == relay.Unknown {
+			unknown = append(unknown, dest)
+		} else {
+			known[dest] = v == relay.Allowed
+		}
+	}
+	if err := h.Flip(known, unknown...); err != nil {
 		s.logger.Error("hold: new verdicts cannot be written", "destinations", len(answers), "error", err)
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/podtest"
+	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/agent/verdicts"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/verdict"
@@ -256,7 +257,7 @@ func TestSynHoldRepaired(t *testing.T) {
 	})
 	wantAttempts(t, "rule in front", want)
 	change(t, func(c *nftables.Conn) { c.DelTable(table) })
-	p.flip(map[netip.AddrPort]bool{netip.MustParseAddrPort("10.99.0.1:9092"): false}) // may fail the Holder: the table is not there
+	p.flip(map[netip.AddrPort]relay.Verdict{netip.MustParseAddrPort("10.99.0.1:9092"): relay.Denied}) // may fail the Holder: the table is not there
 	p.log.await(t, "repair, or a new Holder", func(s string) bool {
 		return strings.Count(s, "the table is in place again") > repaired || strings.Contains(s, "unknown destinations stay held")
 	})

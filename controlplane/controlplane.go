@@ -51,6 +51,7 @@ type ControlPlane struct {
 	given        map[string]given // by pod: what the authority gave it last
 	givenChanged chan struct{}    // closed when given changes
 	index        *policy.Index
+	changes      uint64               // counts what has changed index
 	hashes       map[string]string    // of the verdicts that are in force, by subject key
 	rendered     map[string]*rendered // by subject key; only of subjects with sidecars
 	packets      packets
@@ -130,6 +131,7 @@ func (cp *ControlPlane) Server() *server.Server { return cp.xds }
 func (cp *ControlPlane) Load(o *policy.Objects) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
+	cp.changes++
 	if err := cp.index.ApplyAll(o); err != nil {
 		return err
 	}
@@ -161,6 +163,7 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 		touched = append(touched, d)
 		errs = append(errs, err)
 	}
+	cp.changes++
 	before := cp.present(applied, deleted)
 	for _, obj := range deleted {
 		take(cp.index.Delete(obj))

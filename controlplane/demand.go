@@ -3,6 +3,7 @@ package controlplane
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -29,19 +30,6 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		return nil, false
 	}
 	d, ok := cp.index.DestinationFor(string(client), verdict.TCP, to)
-	depends := []string{addrKey(to.Addr()), nodePortKey(to.Port())}
-	whole := cp.index.DestinationForAny(verdict.TCP, to) // what is noted holds for everybody who asks, not for this client alone
-	if whole.Service != "" {
-		depends = append(depends, serviceKey(whole.Service))
-	}
-	for _, list := range [][]policy.Endpoint{whole.Endpoints, whole.Others} {
-		for _, e := range list {
-			depends = append(depends, addrKey(e.Addr.Addr())) // somebody else may come to have it
-			if e.Pod != "" {
-				depends = append(depends, podKey(e.Pod))
-			}
-		}
-	}
 	var endpoints []xds.Endpoint
 	for _, e := range cp.index.Admitted(string(client), d) {
 		if capturePort(e.Addr) {
@@ -53,16 +41,40 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		}
 		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: cp.index.Answer(string(client), verdict.TCP, e.Addr).Always})
 	}
-	cp.demand.note(name, depends, ok)
+	if cp.demand.changes[name] != cp.changes { // else what it rests on has been noted for somebody else already
+		cp.demand.note(name, cp.restsOn(to))
+		cp.demand.changes[name] = cp.changes
+	}
+	if ok {
+		cp.demand.known[name] = true
+	}
 	if !cp.demand.known[name] {
 		return nil, false
 	}
-	r, err := resource(xds.OnDemand(name, endpoints, cp.sessions))
+	r, err := cp.demand.cluster(name, endpoints, cp.sessions)
 	if err != nil {
 		cp.log.Error("an on-demand cluster cannot be made", "client", client, "cluster", name, "error", err)
 		return nil, false
 	}
 	return r, true
+}
+
+// restsOn returns what the answer about a destination rests on, for whoever asks.
+func (cp *ControlPlane) restsOn(to netip.AddrPort) []string {
+	keys := []string{addrKey(to.Addr()), nodePortKey(to.Port())}
+	whole := cp.index.DestinationForAny(verdict.TCP, to)
+	if whole.Service != "" {
+		keys = append(keys, serviceKey(whole.Service))
+	}
+	for _, list := range [][]policy.Endpoint{whole.Endpoints, whole.Others} {
+		for _, e := range list {
+			keys = append(keys, addrKey(e.Addr.Addr())) // somebody else may come to have it
+			if e.Pod != "" {
+				keys = append(keys, podKey(e.Pod))
+			}
+		}
+	}
+	return keys
 }
 
 // capturePort reports whether an address is a sidecar's own listener: connecting there from inside would loop.
@@ -82,13 +94,42 @@ func (cp *ControlPlane) forgetNames(list []string) {
 
 // demand remembers on what the answer for each on-demand name rests: the address, the service, the pods behind it.
 type demand struct {
-	depends map[string][]string        // name → keys
-	names   map[string]map[string]bool // key → names
-	known   map[string]bool            // names that have stood for something while they were subscribed to
+	depends map[string][]string                    // name → keys
+	names   map[string]map[string]bool             // key → names
+	known   map[string]bool                        // names that have stood for something while they were subscribed to
+	changes map[string]uint64                      // name → ControlPlane.changes when depends was noted
+	made    map[string]map[string]*server.Resource // name → endpoints → the cluster with these, for all who may reach the same
 }
 
+// maxMade bounds the clusters that are kept of one name: there is one for each set of endpoints that some client may reach, and old ones go
+// with all others.
+const maxMade = 64
+
 func newDemand() demand {
-	return demand{depends: map[string][]string{}, names: map[string]map[string]bool{}, known: map[string]bool{}}
+	return demand{
+		depends: map[string][]string{}, names: map[string]map[string]bool{}, known: map[string]bool{}, changes: map[string]uint64{},
+		made: map[string]map[string]*server.Resource{},
+	}
+}
+
+// cluster returns the on-demand cluster with these endpoints, marshalled once for everybody.
+func (d *demand) cluster(name string, endpoints []xds.Endpoint, sessions xds.Resumption) (*server.Resource, error) {
+	var key strings.Builder
+	for _, e := range endpoints {
+		fmt.Fprintf(&key, "%v %v %v %v\n", e.Addr, e.ID, e.Peer, e.Always)
+	}
+	if r := d.made[name][key.String()]; r != nil {
+		return r, nil
+	}
+	r, err := resource(xds.OnDemand(name, endpoints, sessions))
+	if err != nil {
+		return nil, err
+	}
+	if d.made[name] == nil || len(d.made[name]) >= maxMade {
+		d.made[name] = map[string]*server.Resource{}
+	}
+	d.made[name][key.String()] = r
+	return r, nil
 }
 
 func podKey(name string) string      { return "pod " + name }
@@ -96,13 +137,9 @@ func serviceKey(name string) string  { return "service " + name }
 func addrKey(a netip.Addr) string    { return "address " + a.String() }
 func nodePortKey(port uint16) string { return fmt.Sprint("node port ", port) }
 
-func (d *demand) note(name string, keys []string, exists bool) {
-	known := d.known[name] || exists
-	d.forget(name)
+func (d *demand) note(name string, keys []string) {
+	d.unlink(name)
 	d.depends[name] = keys
-	if known {
-		d.known[name] = true
-	}
 	for _, k := range keys {
 		if d.names[k] == nil {
 			d.names[k] = map[string]bool{}
@@ -111,7 +148,15 @@ func (d *demand) note(name string, keys []string, exists bool) {
 	}
 }
 
+// forget is for a name that nobody asks for any more.
 func (d *demand) forget(name string) {
+	d.unlink(name)
+	delete(d.known, name)
+	delete(d.changes, name)
+	delete(d.made, name)
+}
+
+func (d *demand) unlink(name string) {
 	for _, k := range d.depends[name] {
 		delete(d.names[k], name)
 		if len(d.names[k]) == 0 {
@@ -119,7 +164,6 @@ func (d *demand) forget(name string) {
 		}
 	}
 	delete(d.depends, name)
-	delete(d.known, name)
 }
 
 func (d *demand) collect(into map[string]bool, key string) {

@@ -73,6 +73,7 @@ func (cp *ControlPlane) awaitExpiry() {
 		if cp.closed {
 			return
 		}
+		cp.changes++
 		if err := cp.publish(cp.index.Expire(cp.now())); err != nil {
 			cp.log.Error("what was retired has ended, and the verdicts without it cannot be published", "error", err)
 		}

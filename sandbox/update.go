@@ -49,17 +49,17 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 	if s.cp == nil {
 		return c, s.updateUnserved(ctx, next, d)
 	}
+	index := policy.NewIndex(s.cfg.Policy)
+	if err := index.ApplyAll(&next.Objects); err != nil {
+		return nil, err
+	}
 	before := s.cp.Server().Ledger().Totals()
 	c.Began = time.Now()
 	// First what is there already: the change is in force when these have confirmed it, whatever starting new pods takes.
 	if err := s.cp.Update(s.withUIDs(d), d.deleted); err != nil {
 		return nil, err
 	}
-	s.cfg.Manifests = next
-	s.index = policy.NewIndex(s.cfg.Policy)
-	if err := s.index.ApplyAll(&next.Objects); err != nil {
-		return nil, err
-	}
+	s.cfg.Manifests, s.index = next, index
 	if err := s.dropPods(d.gone); err != nil {
 		return nil, err
 	}

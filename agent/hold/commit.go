@@ -57,7 +57,7 @@ func (h *Holder) write(changes []change) (evicted []netip.AddrPort, err error) {
 	for _, c := range changes {
 		if q := h.pending[c.dest]; c.answers != nil && c.answers.overruled {
 			continue
-		} else if c.answers == nil && q != nil && c.ttl > 0 {
+		} else if c.answers == nil && q != nil {
 			q.overruled = true
 		}
 		last[c.dest] = element{c.dest, c.allowed, c.ttl}

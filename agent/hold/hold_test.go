@@ -105,6 +105,30 @@ func TestSetOverrulesAnswer(t *testing.T) {
 	expect(t, "10.99.0.1:81", refused)
 }
 
+// What is forgotten while its answer is on its way is asked about again.
+func TestForgetOverrulesAnswer(t *testing.T) {
+	connect(t)
+	asked, answer := make(chan struct{}, 8), make(chan bool)
+	p := asker(func(context.Context, netip.AddrPort) (bool, error) {
+		asked <- struct{}{}
+		return <-answer, nil
+	})
+	h := open(t, config(), p)
+	start(t, h)
+	got := make(chan string, 1)
+	go func() { got <- reach("10.99.0.1:80") }()
+	<-asked
+	if err := h.Forget(dest("10.99.0.1:80")); err != nil {
+		t.Fatal(err)
+	}
+	answer <- false // of before
+	<-asked
+	answer <- true
+	if g := <-got; g != "10.99.0.1:80" {
+		t.Errorf("%q, not reached", g)
+	}
+}
+
 func TestNoAnswerIsNo(t *testing.T) {
 	_, arrivals := connect(t)
 	var mu sync.Mutex

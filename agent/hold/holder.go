@@ -48,7 +48,7 @@ type Holder struct {
 // question is an outstanding one.
 type question struct {
 	syns      []syn
-	overruled bool // Set or Flip said something meanwhile, which is newer
+	overruled bool // Set, Flip or Forget said something meanwhile, which is newer
 }
 
 // Open writes the table, in place of any that is there, and thereby holds every unknown destination. Nothing is asked before Run runs.
@@ -345,26 +345,25 @@ func (h *Holder) Set(dest netip.AddrPort, allowed bool) error {
 	return h.Flip(map[netip.AddrPort]bool{dest: allowed})
 }
 
-// Flip is Set for many destinations in one transaction: there is no moment between two of them.
-func (h *Holder) Flip(verdicts map[netip.AddrPort]bool) error {
+// Flip is Set for many destinations, and Forget for those that are unknown from now on, in one transaction: there is no moment between two
+// of them.
+func (h *Holder) Flip(verdicts map[netip.AddrPort]bool, unknown ...netip.AddrPort) error {
 	h.mu.Lock()
 	idle := h.cfg.Idle
 	h.mu.Unlock()
-	changes := make([]change, 0, len(verdicts))
+	changes := make([]change, 0, len(verdicts)+len(unknown))
 	for dest, allowed := range verdicts {
 		changes = append(changes, change{dest: plain(dest), allowed: allowed, ttl: ttl(allowed, idle)})
+	}
+	for _, dest := range unknown {
+		changes = append(changes, change{dest: plain(dest)})
 	}
 	return h.commit(changes...)
 }
 
-// Forget takes back what is known of destinations: the next SYN is held and asked about. Config.Forgotten is not told.
-func (h *Holder) Forget(dests ...netip.AddrPort) error {
-	changes := make([]change, len(dests))
-	for i, dest := range dests {
-		changes[i] = change{dest: plain(dest)}
-	}
-	return h.commit(changes...)
-}
+// Forget takes back what is known of destinations: the next SYN is held and asked about, and so is one whose answer is outstanding at the
+// time. Config.Forgotten is not told.
+func (h *Holder) Forget(dests ...netip.AddrPort) error { return h.Flip(nil, dests...) }
 
 func plain(d netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(d.Addr().Unmap().WithZone(""), d.Port())

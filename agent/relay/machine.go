@@ -25,7 +25,7 @@ type machine struct {
 	logger *slog.Logger
 	ledger *Ledger
 	// tell hands on the answers that have changed; when it returns they are known, or it has waited long enough.
-	tell func(map[netip.AddrPort]bool)
+	tell func(map[netip.AddrPort]Verdict)
 
 	kinds map[string]*kind
 	envoy *envoySide // nil: it is away
@@ -36,12 +36,12 @@ type machine struct {
 	maxNames, maxBytes int // MaxNames and maxUnansweredBytes; tests have less
 
 	nonces uint64
-	news   map[netip.AddrPort]bool // answers that have changed and were not told yet
+	news   map[netip.AddrPort]Verdict // answers that have changed and were not told yet
 }
 
 func newMachine(logger *slog.Logger, ledger *Ledger) *machine {
-	return &machine{logger: logger, ledger: ledger, kinds: map[string]*kind{}, news: map[netip.AddrPort]bool{},
-		maxNames: MaxNames, maxBytes: maxUnansweredBytes, tell: func(map[netip.AddrPort]bool) {}}
+	return &machine{logger: logger, ledger: ledger, kinds: map[string]*kind{}, news: map[netip.AddrPort]Verdict{},
+		maxNames: MaxNames, maxBytes: maxUnansweredBytes, tell: func(map[netip.AddrPort]Verdict) {}}
 }
 
 func (m *machine) kind(url string) *kind {
@@ -66,7 +66,7 @@ func (m *machine) nonce() string {
 func (m *machine) deliver() {
 	if len(m.news) > 0 {
 		news := m.news
-		m.news = map[netip.AddrPort]bool{}
+		m.news = map[netip.AddrPort]Verdict{}
 		m.tell(news)
 	}
 }

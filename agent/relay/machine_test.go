@@ -31,9 +31,15 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, plane: newSimPlane(t), up: true, view: map[netip.AddrPort]bool{}, waiting: map[netip.AddrPort][]chan answer{}, asked: map[netip.AddrPort]bool{}}
 	log := slog.New(slog.DiscardHandler)
 	w.m = newMachine(log, newLedger(log))
-	w.m.tell = func(news map[netip.AddrPort]bool) {
-		for dest, allowed := range news {
-			w.learn(dest, allowed, "told")
+	w.m.tell = func(news map[netip.AddrPort]Verdict) {
+		for dest, v := range news {
+			if v == Unknown {
+				w.note("told: %s is unknown", dest)
+				delete(w.view, dest)
+				delete(w.asked, dest)
+				continue
+			}
+			w.learn(dest, v == Allowed, "told")
 		}
 	}
 	t.Cleanup(func() {

@@ -86,13 +86,20 @@ func (m *machine) fromPlane(side *planeSide, r response) error {
 	side.nonces[r.nonce] = true
 	of := &delivery{side, r.typeURL, r.nonce}
 	var items []item // for Envoy
+	var widened []*entry
 	for _, res := range r.resources {
+		if e := k.entries[res.name]; e != nil && e.widens(res) {
+			m.news[e.question.dest] = Unknown
+			widened = append(widened, e)
+			continue
+		}
 		items = m.take(k, res.name, res, items)
 	}
 	for _, name := range r.removed {
 		items = m.take(k, name, nil, items)
 	}
 	m.deliver() // what is denied, before Envoy hears of it
+	m.release(widened)
 	if empty := len(r.resources)+len(r.removed) == 0; len(items) > 0 || empty && m.envoy != nil && k.asked {
 		m.pass(k, items, nil, of)
 		return nil

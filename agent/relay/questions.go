@@ -13,7 +13,7 @@ import (
 type question struct {
 	dest    netip.AddrPort
 	waiting map[chan answer]bool // those who have no answer yet; each channel takes one
-	told    verdict
+	told    Verdict
 }
 
 type answer struct {
@@ -21,12 +21,16 @@ type answer struct {
 	err     error
 }
 
-type verdict uint8
+// Verdict is what is known of a destination.
+type Verdict uint8
 
 const (
-	open verdict = iota // not known yet
-	denied
-	allowed
+	// Unknown: nothing. Whoever wants to connect there is to ask.
+	Unknown Verdict = iota
+	// Denied: the pod may not connect there.
+	Denied
+	// Allowed: it may.
+	Allowed
 )
 
 // Ask asks whether the pod may connect to a destination inside the cluster: whether the on-demand cluster od|IP:PORT has endpoints. What is
@@ -61,10 +65,14 @@ func (r *Relay) gone(ctx context.Context) error {
 }
 
 // OnDestinations has every later change of an answer told, in the order in which the control plane sent: a denial before Envoy gets the emptied cluster,
-// an admission after Envoy has ACKed the new one. Changes that come while tell is busy are told together, the last one of each
-// destination. It waits for tell, at most a second: Envoy is the authority and must not wait for long. tell may call Forget, and must not wait for Ask.
-// A destination that was forgotten a moment ago may be told of once more. It is for before [Relay.Register].
-func (r *Relay) OnDestinations(tell func(map[netip.AddrPort]bool)) { r.teller.tell = tell }
+// an admission after Envoy has ACKed the new one. What is denied and comes to be admitted is forgotten here, and told as Unknown, before
+// the control plane hears that it is in force: an edit may admit hundreds of destinations that nobody will connect to, and each cluster costs Envoy
+// more than all else that the edit changes. Whoever does connect there asks.
+//
+// Changes that come while tell is busy are told together, the last one of each destination. It waits for tell, at most a second: Envoy is the
+// authority and must not wait for long. tell may call Forget, and must not wait for Ask. A destination that was forgotten a moment ago may be told of
+// once more. It is for before [Relay.Register].
+func (r *Relay) OnDestinations(tell func(map[netip.AddrPort]Verdict)) { r.teller.tell = tell }
 
 // Forget ends the interest in destinations: the control plane is no longer asked, and Envoy lets go of their clusters, but for those that
 // it has asked for itself. It does not wait. A later Ask brings all back before it returns. Who asks about a destination at this moment
@@ -116,13 +124,13 @@ func (m *machine) judge(e *entry) {
 		return
 	}
 	v, err := m.verdict(e)
-	if v == open {
+	if v == Unknown {
 		return
 	}
-	first := q.told == open && len(q.waiting) > 0 // that is an answer, not a change
-	q.reply(answer{v == allowed, err})
+	first := q.told == Unknown && len(q.waiting) > 0 // that is an answer, not a change
+	q.reply(answer{v == Allowed, err})
 	if q.told != v && !first {
-		m.news[q.dest] = v == allowed
+		m.news[q.dest] = v
 	}
 	q.told = v
 }
@@ -135,21 +143,27 @@ func (q *question) reply(a answer) {
 }
 
 // verdict is the answer to the question about an on-demand cluster.
-func (m *machine) verdict(e *entry) (verdict, error) {
+func (m *machine) verdict(e *entry) (Verdict, error) {
 	r := e.latest
 	switch {
 	case e.refusal != "" && (r == nil || e.held != r.version):
-		return denied, fmt.Errorf("envoy refuses the cluster %q: %s", e.name, e.refusal)
+		return Denied, fmt.Errorf("envoy refuses the cluster %q: %s", e.name, e.refusal)
 	case !e.answered:
-		return open, nil
+		return Unknown, nil
 	case r != nil && r.unreadable != nil:
-		return denied, r.unreadable
+		return Denied, r.unreadable
 	case !reachable(r), e.doubt:
-		return denied, nil
+		return Denied, nil
 	case m.envoy == nil, e.held == r.version && e.flight == nil:
-		return allowed, nil
+		return Allowed, nil
 	}
-	return open, nil // Envoy is about to ACK it
+	return Unknown, nil // Envoy is about to ACK it
+}
+
+// widens reports whether a resource admits what the agent was told is denied, and Envoy does not ask for it by itself.
+func (e *entry) widens(r *resource) bool {
+	q := e.question
+	return e.onDemand() && q != nil && q.told == Denied && len(q.waiting) == 0 && !e.subscribed && !e.leaving && reachable(r)
 }
 
 // abandon tells who waits for the control plane that it cannot be reached.
@@ -158,7 +172,7 @@ func (m *machine) abandon() {
 	for _, e := range m.kind(TypeCluster).sorted() {
 		if q := e.question; q != nil && !e.answered {
 			q.reply(answer{err: errors.New(m.why)})
-			if q.told == open { // nobody has an answer that would have to be kept true
+			if q.told == Unknown { // nobody has an answer that would have to be kept true
 				list = append(list, e)
 			}
 		}

@@ -27,9 +27,9 @@ func clusters(t *testing.T, nonce, version string) *deltaResponse {
 
 // Over real streams: an answer, a denial that is told before Envoy gets it, and no answer at all.
 func TestAsk(t *testing.T) {
-	told, release := make(chan bool), make(chan struct{})
+	told, release := make(chan Verdict), make(chan struct{})
 	b := newBench(t, func(r *Relay) {
-		r.OnDestinations(func(news map[netip.AddrPort]bool) {
+		r.OnDestinations(func(news map[netip.AddrPort]Verdict) {
 			told <- news[dest]
 			r.Forget(nil) // may be called here
 			<-release
@@ -77,8 +77,8 @@ func TestAsk(t *testing.T) {
 	wantRequest(t, up, &deltaRequest{TypeUrl: TypeCluster, ResponseNonce: "1"})
 
 	send(t, up, clusters(t, "2", "empty"))
-	if allowed := <-told; allowed {
-		t.Error("a denial is told as an admission")
+	if v := <-told; v != Denied {
+		t.Errorf("a denial is told as %d", v)
 	}
 	passed := make(chan *deltaResponse, 1)
 	go func() { passed <- b.hears(envoy) }()
@@ -120,18 +120,18 @@ func TestAsk(t *testing.T) {
 // Envoy is the authority: who is told and does not come back holds it up for tellPatience, once.
 func TestTellerIsNotWaitedForForEver(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	stuck, got := make(chan struct{}), make(chan map[netip.AddrPort]bool, 8)
+	stuck, got := make(chan struct{}), make(chan map[netip.AddrPort]Verdict, 8)
 	tl := newTeller(slog.New(slog.DiscardHandler))
-	tl.tell = func(news map[netip.AddrPort]bool) { got <- news; <-stuck }
+	tl.tell = func(news map[netip.AddrPort]Verdict) { got <- news; <-stuck }
 	ended := make(chan struct{})
 	go func() { tl.run(ctx); close(ended) }()
-	tl.hand(ctx, map[netip.AddrPort]bool{dest: false})
+	tl.hand(ctx, map[netip.AddrPort]Verdict{dest: Denied})
 	<-got
 	for i := range 100 { // all these return at once, else the test takes 100 s
-		tl.hand(ctx, map[netip.AddrPort]bool{dest: i%2 == 0})
+		tl.hand(ctx, map[netip.AddrPort]Verdict{dest: Allowed - Verdict(i%2)})
 	}
 	close(stuck)
-	for last := true; last; { // the last word is a denial
+	for last := Allowed; last == Allowed; { // the last word is a denial
 		last = (<-got)[dest]
 	}
 	cancel()

@@ -73,7 +73,7 @@ func (r *Relay) Register(g *grpc.Server) {
 		}},
 	}, r)
 	if r.teller.tell != nil {
-		r.machine.tell = func(news map[netip.AddrPort]bool) { r.teller.hand(r.closed, news) }
+		r.machine.tell = func(news map[netip.AddrPort]Verdict) { r.teller.hand(r.closed, news) }
 		r.begin(func() { r.teller.run(r.closed) })
 	}
 	r.begin(r.loop)

@@ -77,11 +77,42 @@ func TestDenialInARefusedResponse(t *testing.T) {
 	if w.view[dest] {
 		t.Error("believed to be allowed, and envoy holds what it applied of the refused response")
 	}
+	w.holds("") // it was told to let go of that
+	w.ask(dest)
+	w.settle()
+	if w.view[dest] {
+		t.Error("believed to be allowed, and envoy has refused the cluster")
+	}
 	w.plane.resolves[onDemandName(dest)] = "full4"
+	w.settle()
+	w.ask(dest)
 	w.settle()
 	if w.holds("full4"); !w.view[dest] {
 		t.Error("still denied")
 	}
+}
+
+// What is denied and comes to be admitted costs Envoy nothing before somebody connects there: it is told as unknown, and no longer followed.
+func TestAdmittedAfterADenial(t *testing.T) {
+	w := settled(t)
+	w.plane.resolves[onDemandName(dest)] = "empty2"
+	w.settle()
+	w.holds("empty2")
+	w.plane.resolves[onDemandName(dest)] = "full3"
+	w.settle()
+	if _, known := w.view[dest]; known {
+		t.Error("the agent still believes the denial")
+	}
+	w.holds("")
+	if e := w.m.kind(TypeCluster).entries[onDemandName(dest)]; e != nil {
+		t.Errorf("still known: %+v", e)
+	}
+	w.ask(dest)
+	w.settle()
+	if w.holds("full3"); !w.view[dest] {
+		t.Error("asked again, and denied")
+	}
+	w.rested()
 }
 
 // What Envoy was given because the one before it had asked for it is followed like what it asked for.

@@ -14,25 +14,25 @@ const tellPatience = time.Second
 // teller tells changes of answers in a goroutine of its own, so that whoever is told cannot hold up Envoy for long.
 type teller struct {
 	logger *slog.Logger
-	tell   func(map[netip.AddrPort]bool)
+	tell   func(map[netip.AddrPort]Verdict)
 	some   chan struct{}
 
 	mu      sync.Mutex
-	pending map[netip.AddrPort]bool
+	pending map[netip.AddrPort]Verdict
 	told    chan struct{} // closed when what is pending has been told
 	late    bool          // it takes longer than tellPatience
 }
 
 func newTeller(logger *slog.Logger) *teller {
-	return &teller{logger: logger, some: make(chan struct{}, 1), pending: map[netip.AddrPort]bool{}, told: make(chan struct{})}
+	return &teller{logger: logger, some: make(chan struct{}, 1), pending: map[netip.AddrPort]Verdict{}, told: make(chan struct{})}
 }
 
 // hand has changes told. It returns when they have been, or when that takes too long: Envoy hears of a denial, and the control plane that an
 // admission is in force, only after that.
-func (t *teller) hand(ctx context.Context, news map[netip.AddrPort]bool) {
+func (t *teller) hand(ctx context.Context, news map[netip.AddrPort]Verdict) {
 	t.mu.Lock()
-	for dest, allowed := range news {
-		t.pending[dest] = allowed
+	for dest, v := range news {
+		t.pending[dest] = v
 	}
 	told, late := t.told, t.late
 	t.mu.Unlock()
@@ -62,7 +62,7 @@ func (t *teller) run(ctx context.Context) {
 		}
 		t.mu.Lock()
 		news, told := t.pending, t.told
-		t.pending, t.told = map[netip.AddrPort]bool{}, make(chan struct{})
+		t.pending, t.told = map[netip.AddrPort]Verdict{}, make(chan struct{})
 		t.mu.Unlock()
 		if len(news) > 0 {
 			t.tell(news)
