@@ -213,6 +213,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return a.source.Run(rest) })
 	parts.Go(func() error { a.identity.follow(rest); return nil })
 	parts.Go(func() error { a.revoker.Run(rest); return nil })
+	parts.Go(func() error { return a.packets.run(rest) })
 	parts.Go(func() error {
 		return netfilter.Guard(rest, a.cfg.Logger, a.redirect, a.packets, heldTable{a.hold})
 	})

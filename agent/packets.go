@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"context"
+	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/verdict"
@@ -11,7 +14,7 @@ import (
 
 // packets keeps the pod's policy on UDP and SCTP in the kernel.
 //
-//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► packet.Revoke (conntrack) ──► ACK
+//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► ACK ──► packet.Revoke (conntrack)
 //	                                                            ▲
 //	                                     netfilter.Guard ──Repair┘
 //
@@ -21,6 +24,7 @@ type packets struct {
 	logger *slog.Logger
 
 	mu      sync.Mutex
+	news    chan struct{}    // holds one while flows are to be judged by what is in force
 	current *verdict.Packets // what is in force
 	known   bool             // that is what the control plane has said, and not the closed beginning
 	refused error            // why the last that came is not in force
@@ -33,11 +37,11 @@ func closePackets(logger *slog.Logger) (*packets, error) {
 	if err := packet.Apply(closed); err != nil {
 		return nil, err
 	}
-	return &packets{logger: logger, current: closed, changed: make(chan struct{})}, nil
+	return &packets{logger: logger, current: closed, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
 }
 
-// Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it and the flows
-// that it does not allow are ended, and otherwise why not; where the kernel has not taken it the one before stays.
+// Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
+// one before stays then. Flows that it does not allow any more are ended before the first returns, and later ones by run.
 func (p *packets) Apply(b []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -55,12 +59,69 @@ func (p *packets) enforce(next *verdict.Packets) error {
 	if err := packet.Apply(next); err != nil {
 		return err
 	}
-	p.current, p.known = next, true
-	n, err := packet.Revoke(next)
+	p.current = next
+	if !p.known { // what another agent let through
+		if err := p.revoke(func() *verdict.Packets { return next }); err != nil {
+			return err
+		}
+	}
+	p.known = true
+	poke(p.news)
+	return nil
+}
+
+func (p *packets) revoke(policy func() *verdict.Packets) error {
+	n, err := packet.Revoke(policy)
 	if n > 0 {
 		p.logger.Info("agent: ended flows of UDP or SCTP that policy does not allow any more", "flows", n)
 	}
 	return err
+}
+
+const (
+	// revokeGather is how long flows that have become forbidden may go on for policies to come that are part of the same edit, and for Envoy
+	// to get its share of the processor before: judging flows costs as much as many edits (see packet.Revoke).
+	revokeGather   = 20 * time.Millisecond
+	revokeFailures = 8 // in a row, after which the agent gives up
+)
+
+// run ends flows that policy does not allow any more, until ctx ends (nil) or it fails again and again.
+func (p *packets) run(ctx context.Context) error {
+	current := func() *verdict.Packets {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.current
+	}
+	for failures := 0; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-p.news:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(revokeGather << failures):
+		}
+		err := p.revoke(current)
+		if err == nil {
+			failures = 0
+			continue
+		}
+		if failures++; failures == revokeFailures {
+			return fmt.Errorf("flows that policy does not allow cannot be ended: %w", err)
+		}
+		p.logger.Error("agent: flows that policy does not allow any more go on for now", "cause", err)
+		poke(p.news)
+	}
+}
+
+// poke leaves word in a channel that holds one.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 // Name, Check and Repair let netfilter.Guard look after the table.

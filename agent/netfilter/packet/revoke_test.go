@@ -22,7 +22,7 @@ func TestRevoke(t *testing.T) {
 	wide := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.0/24", "fd99::/64")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.0/24", "fd99::/64")}})
 	narrow := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.4/32", "fd99::4/128")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.4/32", "fd99::4/128")}})
 	apply(t, *wide)
-	if _, err := Revoke(wide); err != nil { // what other tests have left
+	if _, err := Revoke(as(wide)); err != nil { // what other tests have left
 		t.Fatal(err)
 	}
 	at, from := socket(t, nil, fmt.Sprintf("[::]:%d", port)), socket(t, nil, ":0")
@@ -62,7 +62,7 @@ func TestRevoke(t *testing.T) {
 	if err := Apply(narrow); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := Revoke(narrow); err != nil || n != 2*(len(peers)-2) {
+	if n, err := Revoke(as(narrow)); err != nil || n != 2*(len(peers)-2) {
 		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
 	}
 	for _, f := range flows {
@@ -95,7 +95,7 @@ func TestRevokeThousands(t *testing.T) {
 	}
 	wide, narrow := policy("10.99.0.3/32", "10.99.0.4/32"), policy("10.99.0.4/32")
 	apply(t, *wide)
-	if _, err := Revoke(wide); err != nil {
+	if _, err := Revoke(as(wide)); err != nil {
 		t.Fatal(err)
 	}
 	from := socket(t, nil, "10.99.0.2:0")
@@ -109,7 +109,7 @@ func TestRevokeThousands(t *testing.T) {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	n, err := Revoke(narrow)
+	n, err := Revoke(as(narrow))
 	t.Logf("%d of %d flows revoked in %v", n, flows, time.Since(start))
 	if err != nil || n != flows/2 {
 		t.Errorf("revoked %d flows, %v", n, err)
@@ -132,3 +132,5 @@ func TestRevokeThousands(t *testing.T) {
 		t.Errorf("%d flows stay, not %d", stay, flows/2)
 	}
 }
+
+func as(p *verdict.Packets) func() *verdict.Packets { return func() *verdict.Packets { return p } }
