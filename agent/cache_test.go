@@ -292,7 +292,15 @@ func TestQuestions(t *testing.T) {
 	if both[friend] != relay.Unknown || both[stranger] != relay.Denied {
 		t.Errorf("told %v", both)
 	}
-	holds(friend, false)
+	lets := func(d netip.AddrPort) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); w.holdsCluster(d); time.Sleep(time.Millisecond) { //nolint:forbidigo // there is no event for what Envoy holds
+			if time.Now().After(deadline) {
+				t.Fatalf("envoy still holds the cluster of %s", d)
+			}
+		}
+	}
+	lets(friend)
 	reaches(t, "allowed again", friend, "hello\n")
 
 	a.relay.Forget([]netip.AddrPort{friend, stranger, nobody})
@@ -309,9 +317,7 @@ func TestQuestions(t *testing.T) {
 
 	// Forgotten, and Envoy comes to ask: it waits for the answer, no longer.
 	a.relay.Forget([]netip.AddrPort{friend})
-	for w.holdsCluster(friend) {
-		time.Sleep(time.Millisecond) //nolint:forbidigo // there is no event for what Envoy holds
-	}
+	lets(friend)
 	reaches(t, "forgotten and not asked", friend, "hello\n")
 	ask(friend, true)
 
