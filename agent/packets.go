@@ -59,6 +59,7 @@ func (p *packets) enforce(next *verdict.Packets) error {
 	if err := packet.Apply(next); err != nil {
 		return err
 	}
+	before := p.current
 	p.current = next
 	if !p.known { // what another agent let through
 		if err := p.revoke(func() *verdict.Packets { return next }); err != nil {
@@ -66,7 +67,9 @@ func (p *packets) enforce(next *verdict.Packets) error {
 		}
 	}
 	p.known = true
-	poke(p.news)
+	if !packet.Widens(before, next) {
+		poke(p.news)
+	}
 	return nil
 }
 

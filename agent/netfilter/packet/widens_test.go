@@ -1,0 +1,96 @@
+package packet
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/mantlet/mantlet/verdict"
+)
+
+// TestWidens holds Widens against flows, all that there can be in a small world: where it says yes, none that was allowed is not any more.
+func TestWidens(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	said := map[bool]int{}
+	for range 20000 {
+		before := smallPackets(rnd)
+		next := smallPackets(rnd)
+		if rnd.IntN(3) == 0 { // the same and a little more, or less
+			next = smallPackets(rand.New(rand.NewPCG(rnd.Uint64(), 0)))
+			next.Ingress, next.Egress = slices.Concat(before.Ingress, nil), before.Egress
+			if len(next.Ingress) > 0 && rnd.IntN(2) == 0 {
+				next.Ingress = next.Ingress[1:]
+			}
+		}
+		widens := Widens(before, next)
+		said[widens]++
+		lost := false
+		for port := range uint16(6) {
+			for _, a := range smallAddrs {
+				for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
+					lost = lost || before.AllowsIngress(proto, port, a) && !next.AllowsIngress(proto, port, a) ||
+						before.AllowsEgress(proto, port, a) && !next.AllowsEgress(proto, port, a)
+				}
+			}
+		}
+		if widens && lost {
+			t.Fatalf("a flow is lost, from\n%+v\nto\n%+v", before, next)
+		}
+		if !widens && !lost && slices.Equal(before.Node, next.Node) {
+			said[false]-- // of no harm, but then how often does it see that something is lost?
+		}
+	}
+	if said[true] < 500 || said[false] < 500 {
+		t.Errorf("said %v: one of both is hardly tried", said)
+	}
+	same := smallPackets(rnd)
+	if !Widens(same, same) {
+		t.Errorf("%+v loses something against itself", same)
+	}
+	with := *same
+	with.Services = []verdict.PacketService{{Protocol: verdict.UDP, Addr: netip.MustParseAddrPort("10.1.0.1:53"), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:53")}}}
+	if Widens(same, &with) || Widens(&with, same) {
+		t.Error("a flow to a service may be led elsewhere, and it says that none is lost")
+	}
+}
+
+var smallAddrs = []netip.Addr{
+	netip.MustParseAddr("10.0.0.0"), netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.0.3"),
+	netip.MustParseAddr("fd00::"), netip.MustParseAddr("fd00::1"),
+}
+
+// smallPackets draws a policy on ports 0 to 5 and smallAddrs.
+func smallPackets(rnd *rand.Rand) *verdict.Packets {
+	blocks := func() (out []verdict.PacketBlock) {
+		for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
+			for first := uint16(0); first < 6; {
+				last := min(5, first+uint16(rnd.IntN(4)))
+				if rnd.IntN(3) > 0 {
+					out = append(out, verdict.PacketBlock{Protocol: proto, Ports: []verdict.PortRange{{First: first, Last: last}}, Peers: smallPeers(rnd)})
+				}
+				first = last + 1
+			}
+		}
+		return out
+	}
+	p := &verdict.Packets{Ingress: blocks(), Egress: blocks()}
+	if rnd.IntN(8) == 0 {
+		p.Node = smallAddrs[1:2]
+	}
+	return p
+}
+
+func smallPeers(rnd *rand.Rand) (out []verdict.PacketPrefix) {
+	seen := map[netip.Prefix]bool{}
+	for range rnd.IntN(4) {
+		a := smallAddrs[rnd.IntN(len(smallAddrs))]
+		p, _ := a.Prefix(a.BitLen() - rnd.IntN(4))
+		if !seen[p] {
+			seen[p] = true
+			out = append(out, verdict.PacketPrefix{Prefix: p, Allow: rnd.IntN(4) > 0})
+		}
+	}
+	slices.SortFunc(out, verdict.PacketPrefix.Compare)
+	return out
+}
