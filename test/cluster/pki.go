@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -68,6 +69,16 @@ func newAuthority(directory, server string) (*authority, error) {
 		return nil, err
 	}
 	return a, a.writePEM("sa.pub", "PUBLIC KEY", public)
+}
+
+// load reads the CA of a cluster that runs.
+func (a *authority) load() error {
+	pair, err := tls.LoadX509KeyPair(a.path("ca.crt"), a.path("ca.key"))
+	if err != nil {
+		return err
+	}
+	a.certificate, a.key = pair.Leaf, pair.PrivateKey.(*ecdsa.PrivateKey)
+	return nil
 }
 
 // path is that of a file of the authority.

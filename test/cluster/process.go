@@ -92,6 +92,7 @@ var errEnded = errors.New("ended")
 func await(ctx context.Context, ended <-chan struct{}, ready func(context.Context) error) error {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
+	var last error
 	for {
 		asked, cancel := context.WithTimeout(ctx, 5*time.Second)
 		err := ready(asked)
@@ -99,12 +100,15 @@ func await(ctx context.Context, ended <-chan struct{}, ready func(context.Contex
 		if err == nil {
 			return nil
 		}
+		if last == nil || ctx.Err() == nil { // an answer that was cut short tells less than the one before
+			last = err
+		}
 		select {
 		case <-again.C:
 		case <-ended:
 			return errEnded
 		case <-ctx.Done():
-			return errors.Join(context.Cause(ctx), err)
+			return errors.Join(context.Cause(ctx), last)
 		}
 	}
 }

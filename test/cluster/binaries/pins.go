@@ -48,6 +48,7 @@ var pins = []pin{
 	{name: "portmap", module: "cni", pkg: "github.com/containernetworking/plugins/plugins/meta/portmap"},
 	{name: "coredns", module: "coredns", pkg: "."},
 	{name: "pause", module: "pause", pkg: "."},
+	{name: "node", module: "node", pkg: "."},
 }
 
 // Names lists the binaries that Path knows, in the order in which a cluster needs them.

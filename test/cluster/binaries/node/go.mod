@@ -1,0 +1,3 @@
+module github.com/mantlet/mantlet/test/cluster/binaries/node
+
+go 1.26.0

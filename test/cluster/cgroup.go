@@ -1,0 +1,114 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const cgroups = "/sys/fs/cgroup"
+
+// cgroup is the path, in each hierarchy, of a machine's cgroup. No other cluster's is the same, whatever has become of it.
+func (m *Machine) cgroup() string {
+	return fmt.Sprintf("/mantlet-%s-%d-%d", m.Name, m.Init.PID, m.Init.Start)
+}
+
+// makeCgroups makes a cgroup for the kubelet to put pods in: one in the one hierarchy of version 2, and one in each of version 1, whose
+// cpuset has no CPU and no memory until it is told.
+func makeCgroups(path string) error {
+	hierarchies, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, h := range hierarchies {
+		own := filepath.Join(h, path)
+		if err := os.MkdirAll(own, 0o755); err != nil {
+			return fmt.Errorf("make cgroup %s: %w", own, err)
+		}
+		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+			text, err := os.ReadFile(filepath.Join(h, file))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err == nil {
+				err = os.WriteFile(filepath.Join(own, file), text, 0)
+			}
+			if err != nil {
+				return fmt.Errorf("make cgroup %s: %w", own, err)
+			}
+		}
+	}
+	return nil
+}
+
+// hierarchies are the mount points of cgroup file systems that the kubelet uses.
+func hierarchies() ([]string, error) {
+	if versionTwo() {
+		return []string{cgroups}, nil
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); len(f) > 2 && f[2] == "cgroup" {
+			out = append(out, f[1])
+		}
+	}
+	if len(out) == 0 {
+		return nil, errors.New("no cgroup hierarchy is mounted\n  hint: mount them on /sys/fs/cgroup")
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
+}
+
+func versionTwo() bool {
+	_, err := os.Stat(filepath.Join(cgroups, "cgroup.controllers"))
+	return err == nil
+}
+
+// removeCgroups removes a cgroup and those below it. A process that was killed is in its cgroup for a moment more.
+func removeCgroups(path string) error {
+	hierarchies, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for _, h := range hierarchies {
+		if err := await(ctx, nil, func(context.Context) error { return removeTree(filepath.Join(h, path)) }); err != nil {
+			return fmt.Errorf("remove cgroup %s: %w", filepath.Join(h, path), err)
+		}
+	}
+	return nil
+}
+
+// removeTree removes directories only: the files in them are the kernel's.
+func removeTree(directory string) error {
+	entries, err := os.ReadDir(directory)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeTree(filepath.Join(directory, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if err := unix.Rmdir(directory); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
+}
