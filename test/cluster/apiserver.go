@@ -136,10 +136,11 @@ func (s *APIServer) URL() string { return s.authority.server }
 // LogFile is that of kube-apiserver.
 func (s *APIServer) LogFile() string { return filepath.Join(s.directory, "kube-apiserver.log") }
 
-// Shutdown ends the API server, and leaves etcd: nobody answers at its address until Restart.
+// Shutdown ends the API server as a crash does, and leaves etcd: nobody answers at its address until Restart. In good order it would wait for
+// its clients' watches, for up to a minute.
 func (s *APIServer) Shutdown() error {
 	s.client.CloseIdleConnections()
-	return s.server.stop()
+	return s.server.kill()
 }
 
 // Restart ends the API server if it runs, and starts it anew at the same address, with what etcd has.
@@ -152,7 +153,7 @@ func (s *APIServer) Stop() error {
 	if s.client != nil {
 		s.client.CloseIdleConnections()
 	}
-	err := errors.Join(s.server.stop(), s.etcd.stop())
+	err := errors.Join(s.server.kill(), s.etcd.stop())
 	if s.temporary {
 		err = errors.Join(err, os.RemoveAll(s.directory))
 	}

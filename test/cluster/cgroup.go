@@ -13,15 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const cgroups = "/sys/fs/cgroup"
-
 // cgroup is the path, in each hierarchy, of a machine's cgroup. No other cluster's is the same, whatever has become of it.
 func (m *Machine) cgroup() string {
 	return fmt.Sprintf("/mantlet-%s-%d-%d", m.Name, m.Init.PID, m.Init.Start)
 }
 
-// makeCgroups makes a cgroup for the kubelet to put pods in: one in the one hierarchy of version 2, and one in each of version 1, whose
-// cpuset has no CPU and no memory until it is told.
+// makeCgroups makes a cgroup for the kubelet to put pods in, in each hierarchy. In the cpuset of version 1 it has no CPU and no memory until it is
+// told; the root of version 2 has no such files.
 func makeCgroups(path string) error {
 	hierarchies, err := hierarchies()
 	if err != nil {
@@ -48,18 +46,15 @@ func makeCgroups(path string) error {
 	return nil
 }
 
-// hierarchies are the mount points of cgroup file systems that the kubelet uses.
+// hierarchies are the mount points of cgroup file systems: the one of version 2, those of version 1, or both, as systemd's hybrid has them.
 func hierarchies() ([]string, error) {
-	if versionTwo() {
-		return []string{cgroups}, nil
-	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		return nil, err
 	}
 	var out []string
 	for line := range strings.Lines(string(mounts)) {
-		if f := strings.Fields(line); len(f) > 2 && f[2] == "cgroup" {
+		if f := strings.Fields(line); len(f) > 2 && (f[2] == "cgroup" || f[2] == "cgroup2") {
 			out = append(out, f[1])
 		}
 	}
@@ -68,11 +63,6 @@ func hierarchies() ([]string, error) {
 	}
 	slices.Sort(out)
 	return slices.Compact(out), nil
-}
-
-func versionTwo() bool {
-	_, err := os.Stat(filepath.Join(cgroups, "cgroup.controllers"))
-	return err == nil
 }
 
 // removeCgroups removes a cgroup and those below it. A process that was killed is in its cgroup for a moment more.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -67,11 +68,6 @@ func Up(ctx context.Context, o Options) (_ *Cluster, err error) {
 	if err := errors.Join(c.save(), c.issue()); err != nil {
 		return nil, err
 	}
-	images, err := c.writeImages()
-	if err != nil {
-		return nil, err
-	}
-	images = append(images, o.Images...)
 	all, sub := errgroup.WithContext(ctx)
 	served := make(chan struct{})
 	all.Go(func() error {
@@ -81,9 +77,16 @@ func Up(ctx context.Context, o Options) (_ *Cluster, err error) {
 		close(served)
 		return c.startControllers()
 	})
-	for i := range o.Nodes {
-		all.Go(func() error { return c.startNode(sub, i, images, o.Life, served) })
-	}
+	all.Go(func() error {
+		images, err := c.writeImages()
+		if err != nil {
+			return err
+		}
+		for i := range o.Nodes {
+			all.Go(func() error { return c.startNode(sub, i, slices.Concat(images, o.Images), o.Life, served) })
+		}
+		return nil
+	})
 	if err := all.Wait(); err != nil {
 		return nil, err
 	}
@@ -217,10 +220,11 @@ func (c *Cluster) Down() error {
 // end kills the machines. The kernel ends with them all that ran, was mounted and was linked there; what is left are cgroups, which the host
 // knows. The control plane's machine goes last: as long as it lives, the link to the host is this cluster's.
 func (c *Cluster) end() error {
-	var errs []error
+	var all errgroup.Group
 	for _, m := range c.state.Nodes {
-		errs = append(errs, m.Init.kill(), removeCgroups(m.cgroup()))
+		all.Go(func() error { return errors.Join(m.Init.kill(), removeCgroups(m.cgroup())) })
 	}
+	errs := []error{all.Wait()}
 	if control := c.state.Control; control != nil {
 		if c.state.Network != nil && control.Init.alive() {
 			errs = append(errs, c.state.Network.release())

@@ -8,8 +8,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // startControlPlane starts etcd and kube-apiserver, and returns when it is ready.
@@ -45,9 +43,10 @@ func (c *Cluster) awaitAPIServer(ctx context.Context) error {
 	return c.await(ctx, c.state.Control, "kube-apiserver", func(ctx context.Context) error { return readyz(ctx, client, c.server()) })
 }
 
-// StopAPIServer ends kube-apiserver in good order, and leaves everything else: nobody answers at its address until StartAPIServer.
+// StopAPIServer ends kube-apiserver as a crash does, and leaves everything else: nobody answers at its address until StartAPIServer. In good
+// order it would wait for its clients' watches, for up to a minute.
 func (c *Cluster) StopAPIServer() error {
-	return c.state.Control.Tasks["kube-apiserver"].end(unix.SIGTERM)
+	return c.state.Control.Tasks["kube-apiserver"].kill()
 }
 
 // StartAPIServer starts kube-apiserver anew, and returns when it is ready.

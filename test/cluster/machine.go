@@ -163,11 +163,8 @@ func (t Task) alive() bool {
 	return err == nil && now.Start == t.Start
 }
 
-// kill ends the process by force and waits until it is gone. It is nothing if it has ended.
-func (t Task) kill() error { return t.end(unix.SIGKILL) }
-
-// end sends the signal, and SIGKILL after patience, until the process is gone.
-func (t Task) end(signal unix.Signal) error {
+// kill ends the process and waits until it is gone. It is nothing if it has ended.
+func (t Task) kill() error {
 	fd, err := unix.PidfdOpen(t.PID, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
@@ -179,19 +176,17 @@ func (t Task) end(signal unix.Signal) error {
 	if !t.alive() { // the descriptor is of another process
 		return nil
 	}
-	for _, s := range []unix.Signal{signal, unix.SIGKILL} {
-		if err := unix.PidfdSendSignal(fd, s, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-			return err
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return err
+	}
+	deadline := time.Now().Add(2 * patience) // the first process of a machine goes when all others of it have gone
+	for left := time.Until(deadline); left > 0; left = time.Until(deadline) {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if err == nil && n > 0 {
+			return nil
 		}
-		deadline := time.Now().Add(patience)
-		for left := patience; left > 0; left = time.Until(deadline) {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
-			if err == nil && n > 0 {
-				return nil
-			}
-			if err != nil && !errors.Is(err, unix.EINTR) {
-				return err
-			}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
 		}
 	}
 	return fmt.Errorf("process %d does not end", t.PID)

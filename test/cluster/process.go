@@ -55,6 +55,18 @@ func startChild(log, path string, args ...string) (*process, error) {
 	return p, nil
 }
 
+// kill ends the program as a crash does, and waits until it has ended.
+func (p *process) kill() error {
+	if p == nil {
+		return nil
+	}
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("kill %s: %w", p.name, err)
+	}
+	<-p.done
+	return nil
+}
+
 // stop ends the program, by force after patience, and waits until it has ended.
 func (p *process) stop() error {
 	if p == nil {
