@@ -8,13 +8,15 @@ FUZZTIME      ?= 30s
 SOAK          ?= 20m
 SOAKBUILD     ?= -race
 TESTFLAGS     ?=
+NODES         ?= 2
+CLUSTER        = $(GO) run ./test/cluster/cmd/cluster
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
 SOURCES        = $(shell find . -name '*.go' -not -path './.cache/*')
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/\$$\$$/, "$$", $$2); printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## Build bin/mantlet and bin/mantlet-agent
@@ -30,8 +32,20 @@ demo: build envoy ## Enforce the policies of examples/shop with real Envoys on t
 	@./hack/demo.sh
 
 .PHONY: test
-test: envoy build cc vet fmt ## Run every test, with the race detector (what CI runs)
+test: envoy build cc vet fmt cluster-binaries ## Run every test, with the race detector (what CI runs)
 	$(GO) test -race -timeout 20m $(TESTFLAGS) ./...
+
+.PHONY: cluster
+cluster: cluster-binaries ## Make a Kubernetes cluster of NODES nodes on this machine, as root (see test/cluster/README.md)
+	@$(CLUSTER) up --nodes $(NODES)
+
+.PHONY: cluster-down
+cluster-down: ## Remove that cluster
+	@$(CLUSTER) down
+
+.PHONY: cluster-binaries
+cluster-binaries: ## Build what a cluster is made of, once: about 10 minutes on 2 cores
+	@$(CLUSTER) binaries >/dev/null
 
 .PHONY: soak
 soak: envoy cc ## Run edits, kills and restarts under load for SOAK; SOAKBUILD=-trimpath: agents as shipped
@@ -72,4 +86,5 @@ proto: ## Generate Go code from the protobuf files
 
 .PHONY: clean
 clean: ## Remove what was built and fetched
+	@[ ! -d .cache/cluster ] || $(CLUSTER) down
 	rm -rf bin .cache

@@ -75,6 +75,7 @@ func (s *APIServer) call(ctx context.Context, method, path string, in, out any) 
 // A pod's token, as the kubelet asks for one, is known by TokenReview as that pod's, until the pod is gone; and all of it lives through a
 // restart of the server, at the same address.
 func TestAPIServer(t *testing.T) {
+	t.Parallel()
 	s := startAPIServer(t, APIServerOptions{})
 	ctx := t.Context()
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "web"}}
@@ -138,6 +139,7 @@ func TestAPIServer(t *testing.T) {
 
 // Admission plugins are on unless they are switched off; a flag of the caller's wins; the directory is left as it was asked for.
 func TestAPIServerOptions(t *testing.T) {
+	t.Parallel()
 	directory := filepath.Join(t.TempDir(), "state")
 	s := startAPIServer(t, APIServerOptions{
 		Directory: directory, DisableAdmission: []string{"PodSecurity"}, Flags: []string{"--service-cluster-ip-range=10.99.0.0/24"},
@@ -156,7 +158,11 @@ func TestAPIServerOptions(t *testing.T) {
 		t.Errorf("PodSecurity is off: %v", err)
 	}
 	service := &corev1.Service{}
-	if err := s.call(t.Context(), http.MethodGet, "/api/v1/namespaces/default/services/kubernetes", nil, service); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := await(ctx, nil, func(ctx context.Context) error { // the server makes it a moment after it is ready
+		return s.call(ctx, http.MethodGet, "/api/v1/namespaces/default/services/kubernetes", nil, service)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if service.Spec.ClusterIP != "10.99.0.1" {
@@ -174,6 +180,7 @@ func TestAPIServerOptions(t *testing.T) {
 
 // A server that does not start is not waited for, and says why.
 func TestAPIServerFails(t *testing.T) {
+	t.Parallel()
 	began := time.Now()
 	s, err := StartAPIServer(t.Context(), APIServerOptions{Flags: []string{"--no-such-flag"}, Log: testLog(t)})
 	if err == nil {

@@ -31,7 +31,9 @@ type Cluster struct {
 	state state
 }
 
-// needed are the binaries that a cluster is made of.
+// Binaries names those that a cluster is made of; package binaries builds them.
+func Binaries() []string { return slices.Clone(needed) }
+
 var needed = []string{
 	"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl",
 	"containerd", "containerd-shim-runc-v2", "ctr", "runc", "bridge", "loopback", "host-local", "portmap", "coredns", "pause", "agnhost", "node",

@@ -54,6 +54,7 @@ spec: {selector: {app: server}, ipFamilyPolicy: RequireDualStack, ports: [{port:
 // Two nodes with both families: an image from an archive, pods on both that reach each other by address, by cluster IP and by name, an API server
 // that goes and comes, and nothing left of it all.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("makes a whole cluster, as root; left out because of -short")
 	}
@@ -61,7 +62,7 @@ func TestCluster(t *testing.T) {
 	began := time.Now()
 	c, err := Up(t.Context(), Options{Directory: directory, Nodes: 2, Family: DualStack, Life: WithProcess, Log: testLog(t)})
 	if err != nil {
-		t.Fatal(err) // says what is missing on this machine
+		t.Fatalf("%v\n(go test -short leaves out what needs root)", err)
 	}
 	t.Logf("up after %.1f s", time.Since(began).Seconds())
 	t.Cleanup(func() {

@@ -214,7 +214,7 @@ func (m *Machine) netlink(f func(*netlink.Handle) error) error {
 	if err != nil {
 		return fmt.Errorf("network of %s: %w", m.Name, err)
 	}
-	defer ns.Close()
+	defer ns.Close() //nolint:errcheck // it was only read
 	h, err := netlink.NewHandleAt(ns)
 	if err != nil {
 		return fmt.Errorf("network of %s: %w", m.Name, err)

@@ -90,7 +90,11 @@ func (p *process) stop() error {
 func (p *process) await(ctx context.Context, ready func(context.Context) error) error {
 	err := await(ctx, p.done, ready)
 	if errors.Is(err, errEnded) {
-		return fmt.Errorf("%s has ended (%v); the end of %s:\n%s", p.name, p.err, p.log, tail(p.log))
+		cause := p.err
+		if cause == nil {
+			cause = errors.New("exit status 0")
+		}
+		return fmt.Errorf("%s has ended: %w; the end of %s:\n%s", p.name, cause, p.log, tail(p.log))
 	}
 	if err != nil {
 		return fmt.Errorf("%s is not ready: %w; the end of %s:\n%s", p.name, err, p.log, tail(p.log))

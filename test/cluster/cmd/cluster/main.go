@@ -1,4 +1,7 @@
-// Command cluster makes a Kubernetes cluster on this machine, and removes it.
+// Command cluster makes a Kubernetes cluster on this machine, and removes it. Run it from Mantlet's source tree:
+//
+//	go run ./test/cluster/cmd/cluster up --nodes 2
+//	go run ./test/cluster/cmd/cluster down
 package main
 
 import (
@@ -16,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/binaries"
 )
 
 func main() {
@@ -34,7 +38,7 @@ func command() *cobra.Command {
 		SilenceErrors: true, SilenceUsage: true,
 	}
 	root.PersistentFlags().StringVar(&directory, "dir", ".cache/cluster", "`directory` of the cluster's state")
-	root.AddCommand(up(&directory), down(&directory), status(&directory), load(&directory), execute(&directory), apiserver(&directory))
+	root.AddCommand(up(&directory), down(&directory), status(&directory), load(&directory), execute(&directory), apiserver(&directory), build())
 	return root
 }
 
@@ -144,6 +148,27 @@ func execute(directory *string) *cobra.Command {
 				os.Exit(exit.ExitCode())
 			}
 			return err
+		},
+	}
+}
+
+func build() *cobra.Command {
+	return &cobra.Command{
+		Use: "binaries [NAME...]", Short: "Build binaries if they are not in the cache, and write their paths: those of a cluster, or those named, such as e2e.test",
+		ValidArgs: binaries.Names(),
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				args = cluster.Binaries()
+			}
+			log := logger()
+			for _, name := range args {
+				path, err := binaries.Path(c.Context(), log, name)
+				if err != nil {
+					return err
+				}
+				fmt.Fprintln(c.OutOrStdout(), path)
+			}
+			return nil
 		},
 	}
 }

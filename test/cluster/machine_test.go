@@ -1,0 +1,136 @@
+package cluster
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/test/cluster/binaries"
+)
+
+const machineVariable = "MANTLET_TEST_MACHINE"
+
+// TestMachineOwner is the process that a machine lives with, in TestMachineEnds.
+func TestMachineOwner(t *testing.T) {
+	directory := os.Getenv(machineVariable)
+	if directory == "" {
+		return // not started by that test: nothing is asked of this one
+	}
+	init, err := binaries.Path(t.Context(), testLog(t), "node")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := startMachine(init, "owned", directory, WithProcess)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.start("sleep", filepath.Join(directory, "sleep.log"), "/bin/sleep", "600"); err != nil {
+		t.Fatal(errors.Join(err, m.Init.kill()))
+	}
+	text, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(errors.Join(err, m.Init.kill()))
+	}
+	fmt.Fprintf(os.Stdout, "\n%s\n", text)
+	<-t.Context().Done() // it is killed before
+}
+
+// A machine that lives with its process ends with it, and all that runs there, even if that process is killed. What runs there sees itself alone,
+// under the machine's name.
+func TestMachineEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("makes namespaces, as root; left out because of -short")
+	}
+	t.Parallel()
+	directory := t.TempDir()
+	owner := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestMachineOwner$")
+	owner.Env = append(os.Environ(), machineVariable+"="+directory)
+	owner.Stderr = t.Output()
+	out, err := owner.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := owner.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var m Machine
+	for s := bufio.NewScanner(out); m.Init.PID == 0; {
+		if !s.Scan() {
+			t.Fatal(errors.Join(errors.New("the owner has ended before there was a machine"), owner.Wait()))
+		}
+		if strings.HasPrefix(s.Text(), "{") {
+			if err := json.Unmarshal(s.Bytes(), &m); err != nil {
+				t.Error(err)
+				break
+			}
+		} else if s.Text() != "" {
+			t.Log(s.Text())
+		}
+	}
+	seen, err := m.Command("sh", "-c", "hostname; ls -d /proc/[0-9]* | wc -l; ls /run; touch /etc/mantlet-test /opt/mantlet-test && echo written").Output()
+	if want := "owned\n5\nwritten\n"; err != nil || strings.Join(strings.Fields(string(seen)), "\n")+"\n" != want { // init, sleep, sh, ls, wc; /run is empty
+		t.Errorf("seen in the machine: %q %v, want %q", seen, err, want)
+	}
+	for _, file := range []string{"/etc/mantlet-test", "/opt/mantlet-test"} {
+		if exists(file) {
+			t.Errorf("%s was written in the machine, and is here", file)
+		}
+	}
+	for name, task := range map[string]Task{"init": m.Init, "sleep": m.Tasks["sleep"]} {
+		if !task.alive() {
+			t.Errorf("%s has ended before its owner", name)
+		}
+	}
+	if err := owner.Process.Signal(unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	_ = owner.Wait() // killed
+	for name, task := range map[string]Task{"init": m.Init, "sleep": m.Tasks["sleep"]} {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		if err := await(ctx, nil, func(context.Context) error {
+			if task.alive() {
+				return errors.New("it runs")
+			}
+			return nil
+		}); err != nil {
+			t.Errorf("%s after its owner's end: %v", name, err)
+		}
+		cancel()
+	}
+}
+
+// A process is known by its start: another one with the same ID is not ended.
+func TestTask(t *testing.T) {
+	sleep := exec.CommandContext(t.Context(), "sleep", "600")
+	if err := sleep.Start(); err != nil {
+		t.Fatal(err)
+	}
+	task, err := taskOf(sleep.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := task
+	other.Start--
+	if other.alive() || !task.alive() {
+		t.Errorf("alive: %v for another start, %v for its own", other.alive(), task.alive())
+	}
+	if err := other.kill(); err != nil || !task.alive() {
+		t.Errorf("an earlier process of the same ID was ended: %v, and this one lives: %v", err, task.alive())
+	}
+	if err := task.kill(); err != nil || task.alive() {
+		t.Errorf("ended: %v, alive: %v", err, task.alive())
+	}
+	_ = sleep.Wait()
+	if err := task.kill(); err != nil {
+		t.Errorf("one that has ended: %v", err)
+	}
+}
