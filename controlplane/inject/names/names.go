@@ -23,8 +23,13 @@ const (
 	TokenFile = "token"
 	// RootDir is where RootVolume is mounted.
 	RootDir = "/var/run/mantlet/root"
-	// RunDir is where RunVolume is mounted, the agent's --run-dir.
-	RunDir = "/var/run/mantlet/agent"
+	// RunMount is where RunVolume is mounted.
+	RunMount = "/var/run/mantlet/pod"
+	// RunDir is the agent's --run-dir. It is below the mount, since an agent that is not root does not own that.
+	RunDir = RunMount + "/agent"
+	// AgentBinary and EnvoyBinary are where the image has them.
+	AgentBinary = "/usr/local/bin/mantlet-agent"
+	EnvoyBinary = "/usr/local/bin/envoy"
 )
 
 // The token, a projected serviceAccountToken. identity/attest.Audience is its audience; a test holds both equal.

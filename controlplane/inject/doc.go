@@ -1,0 +1,40 @@
+// Package inject gives pods their sidecar, or says why it will not.
+//
+//	pod, its namespace, Config ──► Inject ──► the pod with its sidecar, and the same as a JSON patch
+//	                                     ├──► unchanged: nobody asked for a sidecar, or no policy applies to the pod
+//	                                     └──► *Refusal: the sidecar would enforce nothing, or could not run
+//
+// [Inject] is a pure function, and idempotent: what it made it leaves as it is. It never touches app containers. The webhook (package
+// webhook) and `mantlet inject` are thin layers around it.
+//
+// # The sidecar
+//
+// It is a native sidecar (an init container that restarts always), the first of the init containers: those that follow, and the app, start
+// once its startup probe has passed, which it does when the redirect is in place and the first policy was confirmed. A Job's pod ends
+// with its app containers.
+//
+// Probes of app containers are left as they are. The kubelet reaches a pod from the pod's own node, and the sidecar lets the own node
+// through to every port but the two capture ports.
+//
+// # What it may do
+//
+// Capturing in the sidecar takes these capabilities, and all others are dropped:
+//
+//	NET_ADMIN     write nftables, read the SYN hold's NFLOG group, mark sockets, close revoked connections (SOCK_DESTROY)
+//	NET_RAW       send a held SYN once more, by a raw socket
+//	SETUID,SETGID start Envoy as a user of its own, without any capability; keep the capture ports for that user
+//	KILL          end an Envoy that is of another user
+//	CHOWN         give Envoy its folder, and its group the way to the agent's socket
+//	DAC_OVERRIDE  write Envoy's bootstrap into that folder, and speak to the admin socket there
+//	FOWNER        set that folder's mode again after the sidecar was restarted
+//
+// With node capture it has none and is not root.
+//
+// # What is refused
+//
+// What defeats enforcement: see rules.go, with the reason for each. A namespace may allow most of it by names.AllowAnnotation.
+//
+// What cannot be seen in a pod: a container that runs as root with the capabilities that container runtimes give by default has NET_RAW, with
+// which Linux since 5.17 lets it set the proxy's mark, and SETUID, with which it becomes the proxy's user; either takes it past its own
+// sidecar. Inject warns of it. The destination's sidecar refuses such a connection all the same where it is strict, since it has no identity.
+package inject

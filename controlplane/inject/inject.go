@@ -1,0 +1,64 @@
+package inject
+
+import (
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
+	"github.com/mantlet/mantlet/controlplane/policy"
+)
+
+// Result is what became of a pod.
+type Result struct {
+	// Pod is the pod with its sidecar, or the pod that was given where it gets none.
+	Pod *corev1.Pod
+	// Patch makes Pod of the pod that was given; nil where there is nothing to do.
+	Patch []Operation
+	// Left says why the pod gets no sidecar; "": it has one.
+	Left string
+	// Warnings are things that a person should know.
+	Warnings []string
+}
+
+// Inject gives a pod its sidecar. The pod may be one that the API server is about to store, or what a template makes; its namespace need
+// not be set. An error is a *Refusal, or says what is wrong with the configuration.
+func Inject(pod *corev1.Pod, ns Namespace, cfg Config) (Result, error) {
+	cfg, err := cfg.complete()
+	if err != nil {
+		return Result{}, err
+	}
+	asked, bad := cfg.asked(pod, ns)
+	if bad != nil {
+		return Result{}, &Refusal{Pod: podName(pod, ns), Reasons: []Reason{{Field: bad.Field, Text: bad.ErrorBody()}}}
+	}
+	if !asked {
+		return Result{Pod: pod, Left: "neither it nor its namespace asks for a sidecar"}, nil
+	}
+	if why := noPolicy(pod); why != "" {
+		return Result{Pod: pod, Left: why, Warnings: []string{fmt.Sprintf("pod %s gets no sidecar: %s", podName(pod, ns), why)}}, nil
+	}
+	allowed, warnings := ns.allowed()
+	reasons := inspect(pod, allowed)
+	reasons = append(reasons, cfg.podSecurity(ns)...)
+	if len(reasons) > 0 {
+		return Result{}, &Refusal{Pod: podName(pod, ns), Reasons: reasons}
+	}
+	warnings = append(warnings, defaultCapabilities(pod, ns, allowed)...)
+
+	e := &edit{pod: pod.DeepCopy()}
+	container, volumes := cfg.sidecar(), cfg.volumes()
+	e.annotate(annotation{policy.SidecarAnnotation, policy.SidecarInjected}, annotation{names.InjectedAnnotation, hash(container, volumes)})
+	e.first(container)
+	e.mountable(volumes)
+	return Result{Pod: e.pod, Patch: e.ops, Warnings: warnings}, nil
+}
+
+// podName is "namespace/name", with "…" where the API server is still to choose the end of the name.
+func podName(pod *corev1.Pod, ns Namespace) string {
+	name := pod.Name
+	if name == "" {
+		name = pod.GenerateName + "…"
+	}
+	return ns.Name + "/" + name
+}

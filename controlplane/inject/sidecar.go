@@ -1,0 +1,161 @@
+package inject
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"path"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
+	xdsnames "github.com/mantlet/mantlet/xds/names"
+)
+
+// probeWait is how long one run of the startup probe waits for the agent. It ends as soon as the pod is enforced, so that the app
+// starts then, and not at the next full second.
+const probeWait = 10 * time.Second
+
+// serviceAccountDir is where the API server mounts the pod's own token into every container.
+const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// sidecar is the native sidecar. What the API server would fill in is written out, so that a sidecar that it has seen equals this one.
+func (c Config) sidecar() corev1.Container {
+	capture := "redirect"
+	if c.Capture == CaptureNode {
+		capture = "node"
+	}
+	always := corev1.ContainerRestartPolicyAlways
+	return corev1.Container{
+		Name:            names.Container,
+		Image:           c.Image,
+		ImagePullPolicy: c.ImagePullPolicy,
+		RestartPolicy:   &always,
+		Command:         []string{names.AgentBinary, "run"},
+		Args: []string{
+			"--pod=$(POD_NAMESPACE)/$(POD_NAME)",
+			"--control-plane=" + c.ControlPlane,
+			"--trust-domain=" + c.TrustDomain.Name(),
+			"--bundle=" + path.Join(names.RootDir, names.RootKey),
+			"--token-file=" + path.Join(names.TokenDir, names.TokenFile),
+			"--run-dir=" + names.RunDir,
+			"--envoy=" + names.EnvoyBinary,
+			"--concurrency=" + strconv.Itoa(c.Concurrency),
+			"--drain-timeout=" + c.DrainTimeout.String(),
+			"--capture=" + capture,
+		},
+		Env:       []corev1.EnvVar{ownField("POD_NAME", "metadata.name"), ownField("POD_NAMESPACE", "metadata.namespace")},
+		Resources: *c.Resources.DeepCopy(),
+		VolumeMounts: []corev1.VolumeMount{
+			{Name: names.RunVolume, MountPath: names.RunMount},
+			{Name: names.RootVolume, MountPath: names.RootDir, ReadOnly: true},
+			{Name: names.TokenVolume, MountPath: names.TokenDir, ReadOnly: true},
+		},
+		StartupProbe:             c.startupProbe(),
+		SecurityContext:          c.securityContext(),
+		TerminationMessagePath:   corev1.TerminationMessagePathDefault,
+		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError, // why the agent gave up is its last line
+	}
+}
+
+func ownField(name, path string) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: path}}}
+}
+
+// startupProbe is the gate: nothing else in the pod starts before it has passed.
+func (c Config) startupProbe() *corev1.Probe {
+	return &corev1.Probe{
+		ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{
+			Command: []string{names.AgentBinary, "ready", "--run-dir=" + names.RunDir, "--wait=" + probeWait.String()}}},
+		TimeoutSeconds:   int32(probeWait/time.Second) + 5,
+		PeriodSeconds:    1,
+		SuccessThreshold: 1,
+		FailureThreshold: int32(max(1, c.StartupTimeout/probeWait)),
+	}
+}
+
+// securityContext overrides what the pod says for all its containers. The package comment says what each capability is for.
+func (c Config) securityContext() *corev1.SecurityContext {
+	s := &corev1.SecurityContext{
+		Privileged:               new(bool),
+		AllowPrivilegeEscalation: new(bool),
+		ReadOnlyRootFilesystem:   ptr(true),
+		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+	}
+	if c.Capture == CaptureNode {
+		s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = ptr(true), ptr(int64(xdsnames.ProxyUID)), ptr(int64(xdsnames.ProxyUID))
+		return s
+	}
+	s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = ptr(false), ptr(int64(0)), ptr(int64(0))
+	s.Capabilities.Add = []corev1.Capability{"CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_ADMIN", "NET_RAW", "SETGID", "SETUID"}
+	return s
+}
+
+// volumes are those that the sidecar mounts.
+func (c Config) volumes() []corev1.Volume {
+	mode := corev1.ConfigMapVolumeSourceDefaultMode
+	return []corev1.Volume{
+		{Name: names.RunVolume, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+			Medium: corev1.StorageMediumMemory, SizeLimit: ptr(resource.MustParse("16Mi"))}}},
+		{Name: names.RootVolume, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: names.RootConfigMap}, DefaultMode: &mode,
+			Items: []corev1.KeyToPath{{Key: names.RootKey, Path: names.RootKey}}}}},
+		{Name: names.TokenVolume, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+			DefaultMode: ptr(mode),
+			Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
+				Audience: names.TokenAudience, ExpirationSeconds: ptr(int64(names.TokenSeconds)), Path: names.TokenFile}}}}}},
+	}
+}
+
+// Hash is 16 hexadecimal digits that differ when what is injected does.
+func (c Config) Hash() (string, error) {
+	c, err := c.complete()
+	if err != nil {
+		return "", err
+	}
+	return hash(c.sidecar(), c.volumes()), nil
+}
+
+func hash(container corev1.Container, volumes []corev1.Volume) string {
+	b, err := json.Marshal(struct {
+		Container corev1.Container
+		Volumes   []corev1.Volume
+	}{container, volumes})
+	if err != nil {
+		panic(fmt.Sprintf("inject: marshal the sidecar: %v", err)) // types that always can be
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:8])
+}
+
+// keep takes over from a sidecar that is there what the API server's own admission plugins add to containers: the service account's
+// token, and resources that a LimitRange sets where nothing is said.
+func keep(wanted corev1.Container, there *corev1.Container) corev1.Container {
+	for _, m := range there.VolumeMounts {
+		if m.MountPath == serviceAccountDir && m.ReadOnly && strings.HasPrefix(m.Name, "kube-api-access-") {
+			wanted.VolumeMounts = append(wanted.VolumeMounts, m)
+		}
+	}
+	wanted.Resources.Requests = filled(wanted.Resources.Requests, there.Resources.Requests)
+	wanted.Resources.Limits = filled(wanted.Resources.Limits, there.Resources.Limits)
+	return wanted
+}
+
+// filled adds what is missing. A resource that is there and was not asked for is kept: it limits the sidecar, and nothing else.
+func filled(wanted, there corev1.ResourceList) corev1.ResourceList {
+	out := maps.Clone(there)
+	if len(wanted) > 0 && out == nil {
+		out = corev1.ResourceList{}
+	}
+	maps.Copy(out, wanted)
+	return out
+}
+
+func ptr[T any](v T) *T { return &v }
