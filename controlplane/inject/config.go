@@ -3,7 +3,8 @@ package inject
 import (
 	"errors"
 	"fmt"
-	"net"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -84,12 +85,11 @@ func (c Config) complete() (Config, error) {
 	if c.StartupTimeout == 0 {
 		c.StartupTimeout = 5 * time.Minute
 	}
-	_, _, err := net.SplitHostPort(c.ControlPlane)
 	switch {
 	case c.Image == "":
 		return c, errors.New("sidecar: no image is set")
-	case err != nil:
-		return c, fmt.Errorf("sidecar: control plane address %q: %w", c.ControlPlane, err)
+	case !isHostPort(c.ControlPlane):
+		return c, fmt.Errorf("sidecar: control plane address %q is not host:port", c.ControlPlane)
 	case c.TrustDomain.IsZero():
 		return c, errors.New("sidecar: no trust domain is set")
 	case c.Capture != CaptureSidecar && c.Capture != CaptureNode:
@@ -106,4 +106,13 @@ func (c Config) complete() (Config, error) {
 func (c Config) Check() error {
 	_, err := c.complete()
 	return err
+}
+
+func isHostPort(s string) bool {
+	i := strings.LastIndexByte(s, ':')
+	if i < 1 {
+		return false
+	}
+	port, err := strconv.ParseUint(s[i+1:], 10, 16)
+	return err == nil && port > 0
 }
