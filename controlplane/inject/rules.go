@@ -188,7 +188,7 @@ func defaultCapabilities(pod *corev1.Pod, ns Namespace, allowed map[string]bool)
 	if len(risky) == 0 {
 		return nil
 	}
-	return []string{fmt.Sprintf("pod %s: container %s may run as root with NET_RAW and SETUID, and could pass its own sidecar by: "+
+	return []string{fmt.Sprintf("pod %s: container %s may run as root with NET_RAW and SETUID, with which it could bypass its own sidecar: "+
 		"set runAsNonRoot, or drop: [ALL] and add what it needs", podName(pod, ns), strings.Join(risky, ", "))}
 }
 

@@ -63,6 +63,8 @@ var table = []room{
 		why:  "a pure function of objects: it never asks where they came from, nor what they become"},
 	{path: "controlplane/inject/names", only: []string{}, pure: true,
 		why: "whoever injects, watches and installs agree on these names; it costs nobody anything"},
+	{path: "controlplane/inject/manifests", rooms: []string{"controlplane/inject"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
+		why: "texts in, texts out; who reads the files is the command"},
 	{path: "controlplane/inject", rooms: []string{"controlplane/inject/names", "controlplane/policy", "xds/names"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
 		only: []string{spiffeID, "k8s.io/api/...", "k8s.io/apimachinery/..."},
 		why:  "a pure function of a pod and its namespace: webhook and command line are around it"},
