@@ -65,6 +65,8 @@ var table = []room{
 		why: "whoever injects, watches and installs agree on these names; it costs nobody anything"},
 	{path: "controlplane/inject/manifests", rooms: []string{"controlplane/inject"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
 		why: "texts in, texts out; who reads the files is the command"},
+	{path: "controlplane/inject/webhook", rooms: []string{"controlplane/inject", "controlplane/inject/names", "controlplane/policy"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."},
+		why: "HTTPS around inject; what it asks of the API server are interfaces that client-go's clients have"},
 	{path: "controlplane/inject", rooms: []string{"controlplane/inject/names", "controlplane/policy", "xds/names"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
 		only: []string{spiffeID, "k8s.io/api/...", "k8s.io/apimachinery/..."},
 		why:  "a pure function of a pod and its namespace: webhook and command line are around it"},

@@ -1,0 +1,111 @@
+package webhook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/mantlet/mantlet/controlplane/inject"
+	"github.com/mantlet/mantlet/controlplane/policy"
+)
+
+// pod reads a request's pod and the namespace that it is in.
+func (s *Server) pod(ctx context.Context, q *admissionv1.AdmissionRequest) (*corev1.Pod, inject.Namespace, error) {
+	var pod corev1.Pod
+	if err := object(q, "Pod", &pod); err != nil {
+		return nil, inject.Namespace{}, err
+	}
+	if q.Namespace == "" {
+		return nil, inject.Namespace{}, errors.New("a pod request without a namespace")
+	}
+	ns, err := s.namespaces.Get(ctx, q.Namespace, metav1.GetOptions{})
+	if err != nil {
+		return nil, inject.Namespace{}, fmt.Errorf("namespace %s of pod %s: %w", q.Namespace, pod.Name, err)
+	}
+	return &pod, inject.NamespaceOf(ns), nil
+}
+
+func (s *Server) inject(r *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
+	if q.Operation != admissionv1.Create { // the parts of a pod that count cannot be changed later
+		return allow(), nil
+	}
+	pod, ns, err := s.pod(r.Context(), q)
+	if err != nil {
+		return nil, err
+	}
+	got, err := inject.Inject(pod, ns, s.cfg)
+	if refusal := new(inject.Refusal); errors.As(err, &refusal) {
+		s.log.Info("webhook: refused", "pod", refusal.Pod, "reasons", len(refusal.Reasons))
+		return refuse(refusal), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	answer := allow(got.Warnings...)
+	if len(got.Patch) > 0 {
+		if answer.Patch, err = json.Marshal(got.Patch); err != nil {
+			return nil, err
+		}
+		kind := admissionv1.PatchTypeJSONPatch
+		answer.PatchType = &kind
+	}
+	return answer, nil
+}
+
+func (s *Server) verify(r *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
+	if q.Operation != admissionv1.Create {
+		return allow(), nil
+	}
+	pod, ns, err := s.pod(r.Context(), q)
+	if err != nil {
+		return nil, err
+	}
+	err = inject.Verify(pod, ns, s.cfg)
+	if refusal := new(inject.Refusal); errors.As(err, &refusal) {
+		s.log.Info("webhook: refused", "pod", refusal.Pod, "reasons", len(refusal.Reasons))
+		return refuse(refusal), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return allow(), nil
+}
+
+func (s *Server) ephemeral(r *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
+	pod, ns, err := s.pod(r.Context(), q)
+	if err != nil {
+		return nil, err
+	}
+	if err := inject.InspectEphemeral(pod, ns); err != nil {
+		return refuse(err), nil
+	}
+	return allow(), nil
+}
+
+// policy warns, and never refuses: the policy is in force as far as it can be, and what cannot be enforced admits nobody.
+func (s *Server) policy(_ *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
+	if q.Operation == admissionv1.Delete {
+		return allow(), nil
+	}
+	var np networkingv1.NetworkPolicy
+	if err := object(q, "NetworkPolicy", &np); err != nil {
+		return nil, err
+	}
+	return allow(warnings(policy.Validate(&np))...), nil
+}
+
+func warnings(errs field.ErrorList) []string {
+	var out []string
+	for _, e := range errs {
+		out = append(out, fmt.Sprintf("mantlet cannot enforce this as written, and admits nobody by it: %s", e))
+	}
+	return out
+}
