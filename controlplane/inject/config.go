@@ -42,7 +42,7 @@ type Config struct {
 	PodSecurity     PodSecurity // "": PodSecurityEnforced
 	// Default gives sidecars to the pods of namespaces without the label policy.InjectLabel too, system namespaces excepted.
 	Default bool
-	// System are namespaces whose pods never get one unless a pod itself asks for it; kube-system is one without being named.
+	// System are namespaces whose pods never get one; kube-system is one without being named.
 	System []string
 	// Resources of the sidecar; both lists empty: DefaultResources.
 	Resources corev1.ResourceRequirements

@@ -32,13 +32,17 @@ const (
 	no       = "false"
 )
 
-// IsSystem reports whether pods of a namespace get no sidecar unless they ask for it themselves.
+// IsSystem reports whether pods of a namespace never get a sidecar: Mantlet could come to wait for itself there.
 func (c Config) IsSystem(namespace string) bool {
 	return namespace == "kube-system" || slices.Contains(c.System, namespace)
 }
 
-// asked reports whether a pod is to have a sidecar: its own annotation goes first, as in package source, then its namespace's label.
+// asked reports whether a pod is to have a sidecar. Outside of system namespaces its own annotation goes first, as in package source, then
+// its namespace's label.
 func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
+	if c.IsSystem(ns.Name) {
+		return false, nil
+	}
 	switch v, ok := pod.Annotations[policy.InjectLabel]; {
 	case v == yes:
 		return true, nil
@@ -48,7 +52,7 @@ func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 		return false, field.NotSupported(field.NewPath("metadata", "annotations").Key(policy.InjectLabel), v, []string{yes, no})
 	}
 	switch v := ns.Labels[policy.InjectLabel]; {
-	case c.IsSystem(ns.Name), v == disabled:
+	case v == disabled:
 		return false, nil
 	case v == enabled:
 		return true, nil

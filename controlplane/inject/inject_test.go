@@ -190,7 +190,7 @@ func TestAsked(t *testing.T) {
 		{"yes", enabled, "shop", false, false, true},
 		{"", enabled, "kube-system", true, false, false},
 		{"", "", "mantlet-system", true, false, false},
-		{yes, "", "kube-system", false, true, false},
+		{yes, enabled, "kube-system", true, false, false},
 	} {
 		pod, ns := &corev1.Pod{}, Namespace{Name: c.namespace}
 		if c.annotation != "" {

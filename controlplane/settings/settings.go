@@ -32,7 +32,7 @@ type Settings struct {
 	ServiceNetworks []string `json:"serviceNetworks,omitempty"`
 	// NodeAddresses are addresses from which every node may speak to its pods, beside its own.
 	NodeAddresses []string `json:"nodeAddresses,omitempty"`
-	// SystemNamespaces get no sidecars unless a pod asks for one; Namespace and kube-system never need to be named.
+	// SystemNamespaces never get sidecars; Namespace and kube-system need not be named.
 	SystemNamespaces []string `json:"systemNamespaces,omitempty"`
 	// InjectByDefault gives sidecars to namespaces without a label too.
 	InjectByDefault bool `json:"injectByDefault,omitempty"`

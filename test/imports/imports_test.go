@@ -94,7 +94,7 @@ var table = []room{
 		why: "one per pod: small and quick to start, so no Kubernetes library, and nothing of the control plane"},
 	{path: "cmd/mantlet-agent", rooms: []string{"agent/...", "identity/...", "xds/names"}, never: kubernetes,
 		why: "flags and wiring of the agent"},
-	{path: "cmd/mantlet", rooms: []string{"controlplane/...", "sandbox/...", "identity/...", "verdict", "xds/...", "agent/netfilter"},
+	{path: "cmd/mantlet", rooms: []string{"controlplane/...", "sandbox/...", "identity/...", "verdict", "xds/...", "agent/netfilter", "install"},
 		why: "flags and wiring; agents are started, not linked"},
 	{path: "sandbox/netns", rooms: []string{"xds/names"}, never: append([]string{envoyAPI, grpc}, kubernetes...),
 		why: "namespaces, links, probes: knows addresses, not policy"},
@@ -112,6 +112,8 @@ var table = []room{
 		why: "a second opinion: of policy and verdict it takes the data types only"},
 	{path: "test/...", rooms: everything,
 		why: "brings rooms together to try them"},
+	{path: "install", rooms: []string{"controlplane/settings", "controlplane/inject/names"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
+		why: "values in, manifests out; it knows the control plane by its configuration file alone"},
 	{path: "hack/...", rooms: everything,
 		why: "for those who work on the project; ships nowhere"},
 }

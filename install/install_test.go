@@ -1,0 +1,200 @@
+package install
+
+import (
+	"bytes"
+	"slices"
+	"strings"
+	"testing"
+
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
+	"github.com/mantlet/mantlet/controlplane/settings"
+)
+
+const image = "image=registry.example:5000/mantlet@sha256:01"
+
+func render(t *testing.T, o Options) []Manifest {
+	t.Helper()
+	o.Set = append([]string{image}, o.Set...)
+	list, err := Render(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+// Every object is one that the API's types know, field by field, and none carries what makes server-side apply own too much.
+func TestTypes(t *testing.T) {
+	for _, o := range []Options{{}, {Namespace: "shield", Set: []string{"injectByDefault=true", "imagePullSecrets=[a]", "controlPlane.tolerations=[{operator: Exists}]", "podNetworks=[10.0.0.0/8]"}}} {
+		for _, m := range render(t, o) {
+			into, ok := map[string]any{
+				"Namespace": &corev1.Namespace{}, "ServiceAccount": &corev1.ServiceAccount{}, "ConfigMap": &corev1.ConfigMap{}, "Service": &corev1.Service{},
+				"ClusterRole": &rbacv1.ClusterRole{}, "ClusterRoleBinding": &rbacv1.ClusterRoleBinding{}, "Role": &rbacv1.Role{}, "RoleBinding": &rbacv1.RoleBinding{},
+				"NetworkPolicy": &networkingv1.NetworkPolicy{}, "PodDisruptionBudget": &policyv1.PodDisruptionBudget{}, "Deployment": &appsv1.Deployment{},
+				"MutatingWebhookConfiguration": &admissionregistrationv1.MutatingWebhookConfiguration{}, "ValidatingWebhookConfiguration": &admissionregistrationv1.ValidatingWebhookConfiguration{},
+			}[m.Kind]
+			if !ok {
+				t.Errorf("%s %s: a kind that nobody expects", m.Kind, m.Name)
+				continue
+			}
+			if err := yaml.UnmarshalStrict(m.Text, into); err != nil {
+				t.Errorf("%s %s: %v\n%s", m.Kind, m.Name, err, m.Text)
+			}
+			for _, never := range []string{"creationTimestamp", "status:", "caBundle:", "<no value>"} {
+				if bytes.Contains(m.Text, []byte(never)) {
+					t.Errorf("%s %s has %s", m.Kind, m.Name, never)
+				}
+			}
+			clusterScoped := slices.Contains([]string{"Namespace", "ClusterRole", "ClusterRoleBinding", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"}, m.Kind)
+			if want := "shield"; o.Namespace == want && !clusterScoped && m.Namespace != want || clusterScoped && m.Namespace != "" {
+				t.Errorf("%s %s is in namespace %q", m.Kind, m.Name, m.Namespace)
+			}
+			if o.Namespace == "shield" && bytes.Contains(m.Text, []byte("mantlet-system")) {
+				t.Errorf("%s %s speaks of another namespace:\n%s", m.Kind, m.Name, m.Text)
+			}
+		}
+	}
+}
+
+func find[T any](t *testing.T, list []Manifest, kind string) *T {
+	t.Helper()
+	i := slices.IndexFunc(list, func(m Manifest) bool { return m.Kind == kind })
+	if i < 0 {
+		t.Fatalf("no %s", kind)
+	}
+	o := new(T)
+	if err := yaml.UnmarshalStrict(list[i].Text, o); err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+func TestDeterministic(t *testing.T) {
+	a, b := render(t, Options{}), render(t, Options{})
+	if !slices.EqualFunc(a, b, func(x, y Manifest) bool { return bytes.Equal(x.Text, y.Text) }) {
+		t.Error("two renderings differ")
+	}
+}
+
+// No webhook that must answer selects the namespaces in which a cluster starts again.
+func TestRecovery(t *testing.T) {
+	for _, byDefault := range []string{"true", "false"} {
+		list := render(t, Options{Namespace: "shield", Set: []string{"injectByDefault=" + byDefault}})
+		m := find[admissionregistrationv1.MutatingWebhookConfiguration](t, list, "MutatingWebhookConfiguration")
+		v := find[admissionregistrationv1.ValidatingWebhookConfiguration](t, list, "ValidatingWebhookConfiguration")
+		failing := 0
+		check := func(name string, fails *admissionregistrationv1.FailurePolicyType, selector []byte) {
+			if *fails == admissionregistrationv1.Ignore {
+				return
+			}
+			failing++
+			for _, ns := range []string{"- kube-system", "- shield", "- kube-public"} {
+				if !bytes.Contains(selector, []byte(ns)) {
+					t.Errorf("%s would have %s wait for it", name, ns)
+				}
+			}
+		}
+		for _, w := range m.Webhooks {
+			check(w.Name, w.FailurePolicy, asYAML(t, w.NamespaceSelector))
+		}
+		for _, w := range v.Webhooks {
+			check(w.Name, w.FailurePolicy, asYAML(t, w.NamespaceSelector))
+		}
+		if failing != 5 {
+			t.Errorf("%d webhooks fail closed, want 5", failing)
+		}
+	}
+}
+
+func asYAML(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := yaml.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// What the control plane reads is what the values say.
+func TestSettings(t *testing.T) {
+	list := render(t, Options{Values: [][]byte{[]byte("sidecar: {concurrency: 3}\nmtls: strict"), []byte("mtls: permissive")}, Set: []string{"injectByDefault=true", `controlPlane.nodeSelector.example\.com/pool=infra`}})
+	s, err := settings.Read([]byte(find[corev1.ConfigMap](t, list, "ConfigMap").Data["settings.yaml"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Sidecar.Concurrency != 3 || s.MTLS != "permissive" || !s.InjectByDefault || s.Sidecar.Resources.Limits.Memory().String() != "512Mi" || s.Namespace != names.SystemNamespace {
+		t.Errorf("settings: %+v", s)
+	}
+	d := find[appsv1.Deployment](t, list, "Deployment")
+	if d.Spec.Template.Spec.NodeSelector["example.com/pool"] != "infra" || d.Spec.Template.Spec.NodeSelector["kubernetes.io/os"] != "linux" {
+		t.Errorf("node selector: %v", d.Spec.Template.Spec.NodeSelector)
+	}
+	// Its pods are made anew when the settings change, and only then.
+	again := render(t, Options{Set: []string{"injectByDefault=true", "sidecar.concurrency=3"}})
+	other := render(t, Options{Set: []string{"injectByDefault=true", "sidecar.concurrency=2"}})
+	hash := func(l []Manifest) string {
+		return find[appsv1.Deployment](t, l, "Deployment").Spec.Template.Annotations["mantlet.dev/settings"]
+	}
+	if hash(list) != hash(again) || hash(list) == hash(other) {
+		t.Errorf("hashes %s, %s, %s", hash(list), hash(again), hash(other))
+	}
+}
+
+func TestNames(t *testing.T) {
+	list := render(t, Options{})
+	svc := find[corev1.Service](t, list, "Service")
+	d := find[appsv1.Deployment](t, list, "Deployment")
+	m := find[admissionregistrationv1.MutatingWebhookConfiguration](t, list, "MutatingWebhookConfiguration")
+	ports := d.Spec.Template.Spec.Containers[0].Ports
+	if svc.Name != names.Service || svc.Spec.Ports[0].Port != names.ServicePort || ports[0].ContainerPort != names.ServicePort || ports[1].ContainerPort != names.WebhookPort ||
+		m.Name != names.WebhookConfiguration || m.Webhooks[0].ClientConfig.Service.Name != names.Service {
+		t.Error("the manifests and package names differ")
+	}
+	all := string(bytes.Join(texts(list), nil))
+	for _, name := range []string{names.RootConfigMap, names.CASecret, "'" + names.Container + "'"} {
+		if !strings.Contains(all, name) {
+			t.Errorf("%s is not in the manifests", name)
+		}
+	}
+}
+
+func texts(list []Manifest) (out [][]byte) {
+	for _, m := range list {
+		out = append(out, m.Text)
+	}
+	return out
+}
+
+func TestRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		o    Options
+		want string
+	}{
+		"no image":       {Options{}, "image is missing"},
+		"not pinned":     {Options{Set: []string{"image=registry.example:5000/mantlet"}}, "not pinned"},
+		"latest":         {Options{Set: []string{"image=mantlet:latest"}}, "not pinned"},
+		"unknown value":  {Options{Set: []string{image, "sidecars.concurrency=2"}}, `unknown field "sidecars"`},
+		"wrong case":     {Options{Set: []string{image, "trustdomain=x"}}, `unknown field "trustdomain"`},
+		"wrong type":     {Options{Set: []string{image, "controlPlane.replicas=many"}}, "replicas"},
+		"no replicas":    {Options{Set: []string{image, "controlPlane.replicas=0"}}, "at least 1"},
+		"node capture":   {Options{Set: []string{image, "capture=node"}}, "only sidecar"},
+		"trust domain":   {Options{Set: []string{image, "trustDomain=A B"}}, "trustDomain"},
+		"no assignment":  {Options{Set: []string{"image"}}, "key=value"},
+		"not YAML":       {Options{Values: [][]byte{[]byte("a: [")}}, "values file 1"},
+		"twice":          {Options{Values: [][]byte{[]byte("mtls: a\nmtls: b")}}, "already set"},
+		"mode":           {Options{Set: []string{image, "mtls=off"}}, "mtls"},
+		"network":        {Options{Set: []string{image, "podNetworks=[10.0.0.1/8]"}}, "podNetworks[0]"},
+		"a value is not": {Options{Set: []string{image, "mtls=null"}}, "mtls"},
+	} {
+		if _, err := Render(c.o); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %v, want %q in it", name, err, c.want)
+		}
+	}
+}
