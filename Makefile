@@ -34,6 +34,7 @@ demo: build envoy ## Enforce the policies of examples/shop with real Envoys on t
 .PHONY: test
 test: envoy build cc vet fmt cluster-binaries ## Run every test, with the race detector (what CI runs)
 	$(GO) test -race -timeout 20m $(TESTFLAGS) ./...
+	cd install/helmtest && $(GO) test ./...
 
 .PHONY: cluster
 cluster: cluster-binaries ## Make a Kubernetes cluster of NODES nodes on this machine, as root (see test/cluster/README.md)
