@@ -85,15 +85,15 @@ func (c Config) securityContext() *corev1.SecurityContext {
 	s := &corev1.SecurityContext{
 		Privileged:               new(bool),
 		AllowPrivilegeEscalation: new(bool),
-		ReadOnlyRootFilesystem:   ptr(true),
+		ReadOnlyRootFilesystem:   new(true),
 		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 	}
 	if c.Capture == CaptureNode {
-		s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = ptr(true), ptr(int64(xdsnames.ProxyUID)), ptr(int64(xdsnames.ProxyUID))
+		s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = new(true), new(int64(xdsnames.ProxyUID)), new(int64(xdsnames.ProxyUID))
 		return s
 	}
-	s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = ptr(false), ptr(int64(0)), ptr(int64(0))
+	s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = new(false), new(int64(0)), new(int64(0))
 	s.Capabilities.Add = []corev1.Capability{"CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_ADMIN", "NET_RAW", "SETGID", "SETUID"}
 	return s
 }
@@ -103,14 +103,14 @@ func (c Config) volumes() []corev1.Volume {
 	mode := corev1.ConfigMapVolumeSourceDefaultMode
 	return []corev1.Volume{
 		{Name: names.RunVolume, VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
-			Medium: corev1.StorageMediumMemory, SizeLimit: ptr(resource.MustParse("16Mi"))}}},
+			Medium: corev1.StorageMediumMemory, SizeLimit: new(resource.MustParse("16Mi"))}}},
 		{Name: names.RootVolume, VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
 			LocalObjectReference: corev1.LocalObjectReference{Name: names.RootConfigMap}, DefaultMode: &mode,
 			Items: []corev1.KeyToPath{{Key: names.RootKey, Path: names.RootKey}}}}},
 		{Name: names.TokenVolume, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
-			DefaultMode: ptr(mode),
+			DefaultMode: new(mode),
 			Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{
-				Audience: names.TokenAudience, ExpirationSeconds: ptr(int64(names.TokenSeconds)), Path: names.TokenFile}}}}}},
+				Audience: names.TokenAudience, ExpirationSeconds: new(int64(names.TokenSeconds)), Path: names.TokenFile}}}}}},
 	}
 }
 
@@ -157,5 +157,3 @@ func filled(wanted, there corev1.ResourceList) corev1.ResourceList {
 	maps.Copy(out, wanted)
 	return out
 }
-
-func ptr[T any](v T) *T { return &v }

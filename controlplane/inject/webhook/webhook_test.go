@@ -31,10 +31,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const domain = "mantlet.local"
 
-// cluster is a Namespaces.
-type cluster map[string]*corev1.Namespace
+// fixed is a Namespaces.
+type fixed map[string]*corev1.Namespace
 
-func (c cluster) Get(_ context.Context, name string, _ metav1.GetOptions) (*corev1.Namespace, error) {
+func (c fixed) Get(_ context.Context, name string, _ metav1.GetOptions) (*corev1.Namespace, error) {
 	if ns, ok := c[name]; ok {
 		return ns, nil
 	}
@@ -55,7 +55,7 @@ func newServer(t testing.TB) (*Server, *ca.CA) {
 	shop := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{policy.InjectLabel: "enabled"}}}
 	s, err := New(Config{
 		Inject:     inject.Config{Image: "registry.example/mantlet@sha256:01", ControlPlane: "mantlet.mantlet-system.svc:15012", TrustDomain: td},
-		Namespaces: cluster{"shop": shop, "other": {ObjectMeta: metav1.ObjectMeta{Name: "other"}}}, Certificate: cert, Logger: slog.New(slog.DiscardHandler),
+		Namespaces: fixed{"shop": shop, "other": {ObjectMeta: metav1.ObjectMeta{Name: "other"}}}, Certificate: cert, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		t.Fatal(err)
