@@ -260,6 +260,7 @@ func TestAPIServer(t *testing.T) {
 		return err
 	})
 	t.Run("admission", func(t *testing.T) { testAdmission(t, w) })
+	t.Run("Pod Security", func(t *testing.T) { testPodSecurity(t, w) })
 	t.Run("applied again", func(t *testing.T) {
 		first, again := w.install(address), w.install(address)
 		for name, version := range first {
@@ -352,6 +353,38 @@ func restricted(p *corev1.Pod) {
 	s := p.Spec.Containers[0].SecurityContext
 	s.RunAsNonRoot, s.AllowPrivilegeEscalation = new(true), new(false)
 	s.Capabilities, s.SeccompProfile = &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}, &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}
+}
+
+// What Pod Security admission says of the sidecars themselves: what Inject refuses in advance would be refused, and with node capture
+// even restricted accepts them.
+func testPodSecurity(t *testing.T, w *world) {
+	for _, c := range []struct {
+		level   string
+		capture inject.Capture
+		want    bool
+	}{
+		{"privileged", inject.CaptureSidecar, true}, {"baseline", inject.CaptureSidecar, false}, {"restricted", inject.CaptureSidecar, false},
+		{"privileged", inject.CaptureNode, true}, {"baseline", inject.CaptureNode, true}, {"restricted", inject.CaptureNode, true},
+	} {
+		in := "level-" + c.level
+		w.namespace(in, map[string]string{"pod-security.kubernetes.io/enforce": c.level})
+		cfg := testInject()
+		cfg.Capture, cfg.Default = c.capture, true
+		var injected error
+		_, err := w.create(in, metav1.CreateOptions{}, func(p *corev1.Pod) {
+			restricted(p)
+			var r inject.Result
+			if r, injected = inject.Inject(p, inject.Namespace{Name: in}, cfg); injected == nil {
+				*p = *r.Pod
+			}
+		})
+		if injected != nil {
+			t.Fatal(injected)
+		}
+		if got := err == nil; got != c.want {
+			t.Errorf("level %s, capture %s: %v", c.level, c.capture, err)
+		}
+	}
 }
 
 // Without Mantlet nothing that asks for a sidecar starts; all that the cluster needs to come back does.
