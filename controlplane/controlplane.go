@@ -38,6 +38,7 @@ type Config struct {
 
 // ControlPlane holds the policy index and keeps the xDS server's sidecars up to date with it. It is safe for concurrent use.
 type ControlPlane struct {
+	policy   policy.Config
 	cluster  []netip.Prefix // where sidecars find each other: pod and service networks
 	sessions xds.Resumption
 	svidTTL  time.Duration
@@ -91,6 +92,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 	}
 	c.Policy.ServiceNetwork = c.ServiceNetwork
 	cp := &ControlPlane{
+		policy:   c.Policy,
 		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
 		sessions: c.Resumption,
 		svidTTL:  c.SVIDTTL,
@@ -127,19 +129,18 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 func (cp *ControlPlane) Server() *server.Server { return cp.xds }
 
 // Load takes over a whole set of objects and then publishes to everybody. Until it is called nothing is published: half a set of
-// policies would be wrong policy. It is for the start; later changes are Updates.
+// policies would be wrong policy. It is for the start; later changes are Updates. An object that cannot be taken over is an error, which
+// does not keep the others from taking effect.
 func (cp *ControlPlane) Load(o *policy.Objects) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
 	cp.changes++
-	if err := cp.index.ApplyAll(o); err != nil {
-		return err
-	}
+	err := cp.index.ApplyAll(o)
 	cp.loaded = true
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
 	}
-	return cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys()})
+	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys()}))
 }
 
 // Apply takes over an object that was created or changed.

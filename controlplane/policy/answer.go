@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -86,6 +87,9 @@ func (x *Index) Pod(name string) (Pod, bool) {
 	}
 	return Pod{Name: p.key, UID: p.uid, Subject: p.subject, Addrs: p.ips, NodeIPs: p.hostIPs, Sidecar: p.sidecar}, true
 }
+
+// PodNames lists all pods, "namespace/name", sorted.
+func (x *Index) PodNames() []string { return slices.Sorted(maps.Keys(x.pods)) }
 
 // Answer is what becomes of one connection.
 type Answer struct {

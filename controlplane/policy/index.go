@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -229,7 +230,7 @@ func (x *Index) Delete(obj metav1.Object) (Delta, error) {
 	return x.finish(c), nil
 }
 
-// ApplyAll feeds a whole set of objects.
+// ApplyAll feeds a whole set of objects. One that cannot be taken over is an error, which does not keep the others from being.
 func (x *Index) ApplyAll(o *Objects) error {
 	var all []metav1.Object
 	for _, n := range o.Nodes {
@@ -250,12 +251,12 @@ func (x *Index) ApplyAll(o *Objects) error {
 	for _, p := range o.Pods {
 		all = append(all, p)
 	}
+	var errs []error
 	for _, obj := range all {
-		if _, err := x.Apply(obj); err != nil {
-			return err
-		}
+		_, err := x.Apply(obj)
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Problems names what is wrong in the policies that are held, sorted: "namespace/name: field: what".

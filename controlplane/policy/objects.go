@@ -16,12 +16,15 @@ const (
 	SidecarAnnotation = "mantlet.dev/sidecar"
 	// SidecarInjected is the value of SidecarAnnotation.
 	SidecarInjected = "injected"
+	// SidecarContainer is the name of the native sidecar container that injection adds. In a cluster it is what says that a pod has a
+	// sidecar: an annotation alone could be written by anybody.
+	SidecarContainer = "mantlet-proxy"
 	// PolicyModeAnnotation on a NetworkPolicy asks for another mode than enforcing; none other is supported yet.
 	PolicyModeAnnotation = "mantlet.dev/mode"
 )
 
 // Objects are the Kubernetes objects that decide, of one cluster at one time. Pods carry their addresses in status.podIPs and
-// the address of their node in status.hostIPs; Services carry their addresses in spec.clusterIPs.
+// the addresses of their node in status.hostIPs: all from which it may speak to them. Services carry their addresses in spec.clusterIPs.
 type Objects struct {
 	Namespaces      []*corev1.Namespace
 	Nodes           []*corev1.Node

@@ -53,6 +53,16 @@ func (x *Index) Expire(now time.Time) Delta {
 	return x.finish(c)
 }
 
+// Inherit takes over what another Index has retired. It is for an Index that takes its place, before anything was asked of it.
+func (x *Index) Inherit(from *Index) {
+	for id, at := range from.retired {
+		x.retired[id] = maps.Clone(at)
+	}
+	for key := range x.subjects {
+		x.dirty[key] = true
+	}
+}
+
 // NextExpiry is when there is something to Expire; false: nothing is retired.
 func (x *Index) NextExpiry() (next time.Time, ok bool) {
 	for _, at := range x.retired {
