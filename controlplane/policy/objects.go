@@ -16,9 +16,6 @@ const (
 	SidecarAnnotation = "mantlet.dev/sidecar"
 	// SidecarInjected is the value of SidecarAnnotation.
 	SidecarInjected = "injected"
-	// SidecarContainer is the name of the native sidecar container that injection adds. In a cluster it is what says that a pod has a
-	// sidecar: an annotation alone could be written by anybody.
-	SidecarContainer = "mantlet-proxy"
 	// PolicyModeAnnotation on a NetworkPolicy asks for another mode than enforcing; none other is supported yet.
 	PolicyModeAnnotation = "mantlet.dev/mode"
 )

@@ -19,7 +19,7 @@
 //
 // # What is told apart here
 //
-// A pod has a sidecar if it has the native sidecar container that injection adds (policy.SidecarContainer), whatever its annotations say.
+// A pod has a sidecar if it has the native sidecar container that injection adds (names.Container of inject), whatever its annotations say.
 // Pods that have finished are not watched: their addresses are free. Those on the node's network are left to policy, which leaves them out.
 //
 // The own node of a pod may always reach it (kubelet's probes), and does so from its InternalIPs, or, where a bridge connects its pods, from

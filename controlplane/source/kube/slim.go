@@ -8,6 +8,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
 )
 
@@ -64,7 +65,7 @@ func slimPod(o *corev1.Pod) *corev1.Pod {
 	}
 	for i := range o.Spec.InitContainers {
 		c, ok := slimContainer(&o.Spec.InitContainers[i])
-		if restarts(&o.Spec.InitContainers[i]) && (ok || c.Name == policy.SidecarContainer) {
+		if restarts(&o.Spec.InitContainers[i]) && (ok || c.Name == names.Container) {
 			p.Spec.InitContainers = append(p.Spec.InitContainers, c)
 		}
 	}
@@ -79,7 +80,7 @@ func slimContainer(c *corev1.Container) (corev1.Container, bool) {
 
 // hasSidecar reports whether injection gave the pod its native sidecar container.
 func hasSidecar(p *corev1.Pod) bool {
-	return slices.ContainsFunc(p.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == policy.SidecarContainer && restarts(&c) })
+	return slices.ContainsFunc(p.Spec.InitContainers, func(c corev1.Container) bool { return c.Name == names.Container && restarts(&c) })
 }
 
 func restarts(c *corev1.Container) bool {

@@ -1,0 +1,134 @@
+package kube
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/verdict"
+)
+
+var testDomain = spiffeid.RequireTrustDomainFromString("td.example")
+
+// recorded is a Target that keeps an Index as a control plane does.
+type recorded struct {
+	index   *policy.Index
+	updates int
+	told    chan struct{} // holds a token after each call
+	errs    []error
+}
+
+func record(n Networks, o *policy.Objects) (*recorded, error) {
+	r := &recorded{told: make(chan struct{}, 1)}
+	r.fill(n.Pods, n.Services, o)
+	return r, nil
+}
+
+func (r *recorded) fill(pods, services []netip.Prefix, o *policy.Objects) {
+	r.index = policy.NewIndex(policy.Config{TrustDomain: testDomain, PodNetwork: pods, ServiceNetwork: services})
+	if err := r.index.ApplyAll(o); err != nil {
+		r.errs = append(r.errs, err)
+	}
+}
+
+func (r *recorded) Update(applied, deleted []metav1.Object) error {
+	r.updates++
+	for _, o := range deleted {
+		if _, err := r.index.Delete(o); err != nil {
+			r.errs = append(r.errs, err)
+		}
+	}
+	for _, o := range applied {
+		if _, err := r.index.Apply(o); err != nil {
+			r.errs = append(r.errs, err)
+		}
+	}
+	r.tell()
+	return nil
+}
+
+func (r *recorded) Renumber(pods, services []netip.Prefix, o *policy.Objects) error {
+	r.fill(pods, services, o)
+	r.tell()
+	return nil
+}
+
+func (r *recorded) tell() {
+	select {
+	case r.told <- struct{}{}:
+	default:
+	}
+}
+
+// state is everything that an Index answers, by what was asked.
+func state(x *policy.Index, services []*corev1.Service) map[string]string {
+	out := map[string]string{}
+	for _, key := range x.SubjectKeys() {
+		out["verdicts of "+key] = x.Hash(key)
+	}
+	for _, name := range x.PodNames() {
+		p, _ := x.Pod(name)
+		out["pod "+name] = fmt.Sprintf("%s at %s on %s, sidecar %t, packets %s", p.Subject.Key, p.Addrs, p.NodeIPs, p.Sidecar, dump(x.Packets(name)))
+		for _, s := range services {
+			for _, a := range x.ServiceAddrs(s.Namespace + "/" + s.Name) {
+				for _, port := range s.Spec.Ports {
+					to := netip.AddrPortFrom(a, uint16(port.Port))
+					d, ok := x.DestinationFor(name, verdict.TCP, to)
+					out[fmt.Sprintf("%s from %s", to, name)] = fmt.Sprint(ok, x.Admitted(name, d))
+				}
+			}
+		}
+	}
+	out["problems"] = fmt.Sprint(x.Problems())
+	return out
+}
+
+func dump(p *verdict.Packets) string {
+	if p == nil {
+		return "none"
+	}
+	return fmt.Sprintf("%+v", *p)
+}
+
+// everything lists objects as separate ones.
+func everything(o *policy.Objects) (out []metav1.Object) {
+	for _, v := range o.Nodes {
+		out = append(out, v)
+	}
+	for _, v := range o.Namespaces {
+		out = append(out, v)
+	}
+	for _, v := range o.NetworkPolicies {
+		out = append(out, v)
+	}
+	for _, v := range o.Services {
+		out = append(out, v)
+	}
+	for _, v := range o.EndpointSlices {
+		out = append(out, v)
+	}
+	for _, v := range o.Pods {
+		out = append(out, v)
+	}
+	return out
+}
+
+func sidecar() corev1.Container {
+	always := corev1.ContainerRestartPolicyAlways
+	return corev1.Container{Name: names.Container, RestartPolicy: &always, Image: "localhost/mantlet:1", Env: []corev1.EnvVar{{Name: "A", Value: "b"}}}
+}
+
+func slimOf(t *testing.T, o metav1.Object) metav1.Object {
+	t.Helper()
+	out, err := slim(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out.(metav1.Object)
+}
