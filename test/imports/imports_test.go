@@ -76,6 +76,8 @@ var table = []room{
 		why: "the configuration file: what is read from it is for the command to wire"},
 	{path: "controlplane/source/kube", rooms: []string{"controlplane/policy", "controlplane/inject/names"}, never: []string{envoyAPI, grpc},
 		why: "brings objects as controlplane/source does, from an API server; to whom is an interface"},
+	{path: "controlplane/tokenreview", rooms: []string{"identity/attest"}, never: []string{envoyAPI},
+		why: "the Kubernetes side of attestation; identity links no Kubernetes"},
 	{path: "controlplane", rooms: []string{"controlplane/policy", "identity/...", "verdict/...", "xds/...", "api/mantlet/v1"},
 		why: "joins policy, xds and the server; does not care where objects come from, so not source"},
 	{path: "agent/podtest", only: []string{"github.com/vishvananda/...", "golang.org/x/sys/..."},
