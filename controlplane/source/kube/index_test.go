@@ -3,9 +3,11 @@ package kube
 import (
 	"fmt"
 	"net/netip"
+	"sync"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -14,14 +16,18 @@ import (
 	"github.com/mantlet/mantlet/verdict"
 )
 
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
 var testDomain = spiffeid.RequireTrustDomainFromString("td.example")
 
 // recorded is a Target that keeps an Index as a control plane does.
 type recorded struct {
-	index   *policy.Index
-	updates int
-	told    chan struct{} // holds a token after each call
-	errs    []error
+	mu       sync.Mutex
+	networks Networks
+	index    *policy.Index
+	errs     []error
+	updates  int
+	told     chan struct{} // holds a token after each call
 }
 
 func record(n Networks, o *policy.Objects) (*recorded, error) {
@@ -31,6 +37,9 @@ func record(n Networks, o *policy.Objects) (*recorded, error) {
 }
 
 func (r *recorded) fill(pods, services []netip.Prefix, o *policy.Objects) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.networks = Networks{pods, services}
 	r.index = policy.NewIndex(policy.Config{TrustDomain: testDomain, PodNetwork: pods, ServiceNetwork: services})
 	if err := r.index.ApplyAll(o); err != nil {
 		r.errs = append(r.errs, err)
@@ -38,6 +47,9 @@ func (r *recorded) fill(pods, services []netip.Prefix, o *policy.Objects) {
 }
 
 func (r *recorded) Update(applied, deleted []metav1.Object) error {
+	defer r.tell()
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.updates++
 	for _, o := range deleted {
 		if _, err := r.index.Delete(o); err != nil {
@@ -49,7 +61,6 @@ func (r *recorded) Update(applied, deleted []metav1.Object) error {
 			r.errs = append(r.errs, err)
 		}
 	}
-	r.tell()
 	return nil
 }
 
@@ -64,6 +75,22 @@ func (r *recorded) tell() {
 	case r.told <- struct{}{}:
 	default:
 	}
+}
+
+func (r *recorded) ranges() Networks {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.networks
+}
+
+// state is everything that it answers now.
+func (r *recorded) state(services []*corev1.Service) map[string]string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := state(r.index, services)
+	out["networks"] = fmt.Sprint(r.networks)
+	out["errors"] = fmt.Sprint(r.errs)
+	return out
 }
 
 // state is everything that an Index answers, by what was asked.
