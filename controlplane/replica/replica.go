@@ -1,0 +1,210 @@
+// Package replica is one process of the control plane in a Kubernetes cluster, from first to last.
+//
+//	health port: /healthz, /metrics at once; /readyz once pods are served
+//	Secret ──authority.Open──► CA
+//	API server ──source/kube──► the whole cluster ──► controlplane.NewServer, Load ──► the agents' port is opened
+//	                            every change        ──► Update
+//
+// Replicas share nothing but the cluster: any serves any agent. Each has all of the configuration; what a relabelled pod was before is known only
+// to those that saw the change (controlplane: "retired").
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/mantlet/mantlet/controlplane"
+	"github.com/mantlet/mantlet/controlplane/authority"
+	"github.com/mantlet/mantlet/controlplane/metrics"
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/source/kube"
+	"github.com/mantlet/mantlet/controlplane/tokenreview"
+	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/verdict"
+	"github.com/mantlet/mantlet/xds"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+// Config is what a replica is told. Required are API, TrustDomain, Listen, Health, Secret and Log.
+type Config struct {
+	API         *rest.Config
+	TrustDomain spiffeid.TrustDomain
+	Listen      string // where agents come, "host:port"
+	Health      string // where probes and Prometheus come, "host:port"
+	Secret      types.NamespacedName
+
+	Networks  kube.Networks // beside what nodes and ServiceCIDRs say; see kube.Config
+	NodeAddrs []netip.Addr
+	Mode      verdict.Mode   // of namespaces that do not say; zero: permissive
+	Sessions  xds.Resumption // zero: on
+	TTL       time.Duration  // of X.509-SVIDs; zero: ca.DefaultTTL
+	Log       *slog.Logger
+
+	// Listening, if set, is told where the ports are, which Listen and Health may leave to the system (":0").
+	Listening func(agents, health net.Addr)
+}
+
+// reviewRate bounds TokenReviews per second: all agents come when a control plane starts, and have seconds of patience.
+const reviewRate = 500
+
+// Run runs a replica until ctx ends, and then returns nil; nothing of it runs any more. An API server that is away is waited for.
+func Run(ctx context.Context, cfg Config) error {
+	clients, err := clientsFor(cfg.API)
+	if err != nil {
+		return err
+	}
+	var lc net.ListenConfig
+	probes, err := lc.Listen(ctx, "tcp", cfg.Health)
+	if err != nil {
+		return fmt.Errorf("health port: %w", err)
+	}
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	r := &replica{cfg: cfg, clients: clients, registry: registry, health: probes.Addr()}
+
+	parts, ctx := errgroup.WithContext(ctx)
+	parts.Go(func() error { return r.serveHealth(ctx, probes) })
+	parts.Go(func() error {
+		secret := authority.Secret{Client: clients.watch, Name: cfg.Secret, Log: cfg.Log}
+		root, err := r.open(ctx, secret)
+		if err != nil || root == nil {
+			return err
+		}
+		bundle, err := authority.NewBundle(clients.watch, func() ([]byte, error) { return root.Bundle().Marshal() }, cfg.Log)
+		if err != nil {
+			return err
+		}
+		parts.Go(func() error { return bundle.Run(ctx) })
+		parts.Go(func() error { return secret.Follow(ctx, root, bundle.Changed) })
+		return r.run(ctx, root)
+	})
+	return parts.Wait()
+}
+
+// clients are those of one API server: what is watched does not wait behind what agents ask for.
+type clients struct{ watch, review kubernetes.Interface }
+
+func clientsFor(api *rest.Config) (c clients, err error) {
+	watch := rest.CopyConfig(api)
+	watch.UserAgent = "mantlet-control-plane"
+	watch.QPS, watch.Burst = 50, 100
+	if c.watch, err = kubernetes.NewForConfig(watch); err != nil {
+		return c, fmt.Errorf("client of the API server: %w", err)
+	}
+	review := rest.CopyConfig(watch)
+	review.QPS, review.Burst = reviewRate, 2*reviewRate
+	if c.review, err = kubernetes.NewForConfig(review); err != nil {
+		return c, fmt.Errorf("client of the API server: %w", err)
+	}
+	return c, nil
+}
+
+type replica struct {
+	cfg      Config
+	clients  clients
+	registry *prometheus.Registry
+	health   net.Addr
+	serving  atomic.Bool
+}
+
+// openAgain is between two attempts to reach the Secret.
+const openAgain = 2 * time.Second
+
+// open opens the authority, as soon as the API server lets it. It returns nil when ctx ends first.
+func (r *replica) open(ctx context.Context, secret authority.Secret) (*ca.CA, error) {
+	for {
+		root, err := secret.Open(ctx, ca.Config{TrustDomain: r.cfg.TrustDomain, TTL: r.cfg.TTL})
+		switch {
+		case err == nil:
+			return root, nil
+		case errors.Is(err, authority.ErrUnusable):
+			return nil, err
+		case ctx.Err() != nil:
+			return nil, nil //nolint:nilerr // asked to end
+		}
+		r.cfg.Log.Warn("the secret with the root cannot be had; it is tried again", "error", err, "retry_in", openAgain)
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(openAgain):
+		}
+	}
+}
+
+// run brings the cluster to the agents.
+func (r *replica) run(ctx context.Context, root *ca.CA) error {
+	var ends []func() error
+	source := kube.New(kube.Config{Client: r.clients.watch, Log: r.cfg.Log, Networks: r.cfg.Networks, NodeAddrs: r.cfg.NodeAddrs})
+	err := source.Run(ctx, func(n kube.Networks, o *policy.Objects) (kube.Target, error) {
+		cp, g, err := r.controlPlane(root, n)
+		if err != nil {
+			return nil, err
+		}
+		if err := cp.Load(o); err != nil { // of single objects; the others are in force
+			r.cfg.Log.Error("the cluster has not been taken over in full", "error", err)
+		}
+		var lc net.ListenConfig
+		l, err := lc.Listen(ctx, "tcp", r.cfg.Listen)
+		if err != nil {
+			cp.Close()
+			return nil, fmt.Errorf("agents' port: %w", err)
+		}
+		served := make(chan error, 1)
+		go func() { served <- g.Serve(l) }()
+		ends = append(ends, func() error {
+			r.serving.Store(false)
+			cp.Close()
+			stop(g)
+			return <-served
+		})
+		r.registry.MustRegister(metrics.Ledger(cp.Server().Ledger()))
+		r.serving.Store(true)
+		r.cfg.Log.Info("agents are served", "address", l.Addr().String())
+		if r.cfg.Listening != nil {
+			r.cfg.Listening(l.Addr(), r.health)
+		}
+		return cp, nil
+	})
+	for _, end := range ends {
+		err = errors.Join(err, end())
+	}
+	return err
+}
+
+func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.ControlPlane, *grpc.Server, error) {
+	if len(n.Pods) == 0 {
+		r.cfg.Log.Warn("no pod network is known: no node has podCIDRs, and none is configured; destinations in the cluster are taken for outside until one is")
+	}
+	return controlplane.NewServer(
+		controlplane.Config{
+			Policy:         policy.Config{TrustDomain: r.cfg.TrustDomain, PodNetwork: n.Pods, DefaultMode: r.cfg.Mode},
+			ServiceNetwork: n.Services, Resumption: r.cfg.Sessions, Log: r.cfg.Log,
+		},
+		root, tokenreview.New(tokenreview.Config{Reviews: r.clients.review.AuthenticationV1().TokenReviews()}),
+		server.Config{Log: r.cfg.Log, OnEvent: metrics.NewXDS(r.registry).OnEvent}, nil)
+}
+
+// stopPatience bounds how long calls that are under way may take: certificates that are being signed.
+const stopPatience = 5 * time.Second
+
+// stop ends a gRPC server whose streams have ended.
+func stop(g *grpc.Server) {
+	hurry := time.AfterFunc(stopPatience, g.Stop)
+	defer hurry.Stop()
+	g.GracefulStop()
+}
