@@ -39,7 +39,7 @@ func runCommand() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&f.cfg.Pod, "pod", "", "this pod, as namespace/name")
+	flags.StringVar(&f.cfg.Pod, "pod", "", "this pod, as namespace/name; without it $POD_NAMESPACE/$POD_NAME")
 	flags.StringVar(&f.cfg.ControlPlane, "control-plane", "", "address of the control plane, as host:port")
 	flags.StringVar(&f.trustDomain, "trust-domain", "", "SPIFFE trust domain")
 	flags.StringVar(&f.bundle, "bundle", "", "file with the trust domain's root certificates, PEM")
@@ -54,7 +54,7 @@ func runCommand() *cobra.Command {
 	flags.DurationVar(&f.cfg.SessionBound, "session-bound", 10*time.Minute, "how long TLS sessions with this pod may be resumed, which is how long an expired certificate may be accepted at most")
 	flags.StringVar(&f.capture, "capture", "redirect", "how the pod's traffic gets to Envoy; only redirect so far")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "log each configuration that Envoy accepts")
-	for _, name := range []string{"pod", "control-plane", "trust-domain", "bundle", "token-file", "run-dir"} {
+	for _, name := range []string{"control-plane", "trust-domain", "bundle", "token-file", "run-dir"} {
 		if err := cmd.MarkFlagRequired(name); err != nil {
 			panic(err) // a name that is not a flag
 		}
@@ -71,6 +71,13 @@ func (f *runFlags) config() (agent.Config, func() error, error) {
 	level := slog.LevelInfo
 	if f.verbose {
 		level = slog.LevelDebug
+	}
+	if cfg.Pod == "" {
+		namespace, name := os.Getenv("POD_NAMESPACE"), os.Getenv("POD_NAME") // by the downward API
+		if namespace == "" || name == "" {
+			return cfg, nil, errors.New("which pod this is must be said: --pod namespace/name, or $POD_NAMESPACE and $POD_NAME")
+		}
+		cfg.Pod = namespace + "/" + name
 	}
 	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	cfg.EnvoyLog = os.Stderr

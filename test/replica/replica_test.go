@@ -1,0 +1,120 @@
+// Package replica tries `mantlet control-plane` as it is run: a process, a real API server, real agents and Envoys in network namespaces.
+package replica
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mantlet/mantlet/sandbox/netns"
+)
+
+func TestMain(m *testing.M) { netns.TestMain(m) }
+
+// TestControlPlane: sidecars that show nothing but their pods' tokens are enforced by policies written to the API, whatever is restarted.
+func TestControlPlane(t *testing.T) {
+	w := newWorld(t)
+	plane := w.startControlPlane()
+	db, api, other := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12"), w.addPod("other", "10.64.0.13")
+	w.startAgents(db, api, other)
+	w.want("no policy", api, db, netns.Connected)
+	w.want("no policy", other, db, netns.Connected)
+
+	w.apply(admit("db", "api"))
+	w.await("the policy is in force", other, db, netns.Refused)
+	w.want("the policy admits", api, db, netns.Connected)
+
+	if err := w.server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.apply(admit("db", "other"))
+	w.await("a policy written after the API server was restarted", api, db, netns.Refused)
+	w.await("and whom it admits", other, db, netns.Connected)
+
+	plane.stop()
+	w.want("without a control plane", other, db, netns.Connected)
+	w.want("without a control plane", api, db, netns.Refused)
+	w.apply(admit("db", "api"))
+	plane = w.startControlPlane()
+	w.await("a policy written while there was none", other, db, netns.Refused)
+	w.await("and whom it admits", api, db, netns.Connected)
+
+	w.relabel(other, "api")
+	w.await("a running pod with the labels of another", other, db, netns.Connected)
+	w.deletePolicy("db")
+	w.relabel(other, "other")
+	w.await("no policy", other, db, netns.Connected)
+	plane.stop()
+	for _, line := range strings.Split(plane.log.String(), "\n") {
+		if strings.Contains(line, "level=ERROR") || strings.Contains(line, "DATA RACE") {
+			t.Errorf("the control plane says: %s", line)
+		}
+	}
+}
+
+// TestReadiness: without an API server the process is alive and not ready, and ends when it is asked to.
+func TestReadiness(t *testing.T) {
+	w := newWorld(t)
+	if err := w.server.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	plane := w.launch()
+	if code, _ := w.get("/healthz"); code != 200 {
+		t.Errorf("alive: %d", code)
+	}
+	if code, text := w.get("/readyz"); code != 503 {
+		t.Errorf("ready without an API server: %d, %s", code, text)
+	}
+	if err := w.server.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.ready(plane)
+	plane.stop()
+}
+
+// TestWriteToACK measures from the write of a NetworkPolicy to the ACK of the sidecar that it is for. Poll and scrape are in it.
+func TestWriteToACK(t *testing.T) {
+	w := newWorld(t)
+	plane := w.startControlPlane()
+	db, api := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12")
+	w.startAgents(db, api)
+	const edits = 60
+	var took []time.Duration
+	acked := w.acks("Verdicts")
+	for i := range edits {
+		began := time.Now()
+		w.apply(admit("db", []string{"api", "nobody"}[i%2]))
+		written := time.Since(began)
+		for w.acks("Verdicts") <= acked {
+			if time.Since(began) > patience {
+				t.Fatalf("edit %d is not confirmed", i)
+			}
+		}
+		took = append(took, time.Since(began))
+		acked = w.acks("Verdicts")
+		if i < 5 {
+			t.Logf("written after %s, confirmed after %s", written, took[i])
+		}
+	}
+	report(t, "write to ACK", took)
+	plane.stop()
+}
+
+const patience = 60 * time.Second
+
+// until looks again and again, as what others do has no event here.
+func until(ctx context.Context, holds func() bool) bool {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	look := time.NewTicker(20 * time.Millisecond)
+	defer look.Stop()
+	for !holds() {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-look.C:
+		}
+	}
+	return true
+}
