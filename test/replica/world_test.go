@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -39,38 +38,41 @@ const (
 
 // world is an API server on the node, and pods in namespaces of their own, of which the API server hears from the test.
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	server  *cluster.APIServer
 	client  kubernetes.Interface
 	network *netns.Network
 }
 
-// build builds a program with the race detector, once.
-var build = func() func(t *testing.T, name string) string {
-	var mu sync.Mutex
-	return func(t *testing.T, name string) string {
-		t.Helper()
-		mu.Lock()
-		defer mu.Unlock()
-		enclosure, err := netns.Enclosed()
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(enclosure.RunDir, name)
-		if _, err := os.Stat(path); err == nil {
-			return path
-		}
-		cmd := exec.Command("go", "build", "-race", "-o", path, "./cmd/"+name)
-		cmd.Dir = filepath.Join("..", "..")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("build %s: %v\n%s", name, err, out)
-		}
+// build builds a program, once: with the race detector, or, to be measured, as it is shipped.
+func build(t testing.TB, name string) string {
+	t.Helper()
+	building.Lock()
+	defer building.Unlock()
+	enclosure, err := netns.Enclosed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	flag := "-race"
+	if _, measured := t.(*testing.B); measured {
+		flag = "-trimpath"
+	}
+	path := filepath.Join(enclosure.RunDir, name+flag)
+	if _, err := os.Stat(path); err == nil {
 		return path
 	}
-}()
+	cmd := exec.Command("go", "build", flag, "-o", path, "./cmd/"+name)
+	cmd.Dir = filepath.Join("..", "..")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", name, err, out)
+	}
+	return path
+}
 
-func newWorld(t *testing.T) *world {
+var building sync.Mutex
+
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	enclosure, err := netns.Enclosed()
 	if err != nil {
@@ -132,7 +134,7 @@ func (w *world) must(err error) {
 
 // controlPlane is a running `mantlet control-plane`.
 type controlPlane struct {
-	t       *testing.T
+	t       testing.TB
 	cmd     *exec.Cmd
 	log     *text
 	ended   chan struct{}
@@ -378,12 +380,6 @@ func (w *world) relabel(p *sidecarPod, app string) {
 	is.Labels["app"] = app
 	_, err = w.client.CoreV1().Pods("shop").Update(w.t.Context(), is, metav1.UpdateOptions{})
 	w.must(err)
-}
-
-func report(t *testing.T, what string, took []time.Duration) {
-	t.Helper()
-	slices.Sort(took)
-	t.Logf("%s, %d times: median %s, p99 %s, most %s", what, len(took), took[len(took)/2], took[len(took)*99/100], took[len(took)-1])
 }
 
 // text is what a process says.
