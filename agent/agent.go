@@ -109,7 +109,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 		return nil, err
 	}
 	a.source, err = svid.NewBuiltin(svid.BuiltinConfig{
-		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Token: cfg.Token, Log: cfg.Logger,
+		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Reread: cfg.Reread, Token: cfg.Token, Log: cfg.Logger,
 		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return netfilter.Dial(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
 	})
 	if err != nil {

@@ -22,17 +22,18 @@ type Config struct {
 	Pod          string // "namespace/name"
 	ControlPlane string // "host:port"
 	TrustDomain  spiffeid.TrustDomain
-	Bundle       *x509bundle.Bundle     // roots that the control plane is verified against at first
-	Token        func() (string, error) // the pod's token; asked for each time it is needed
-	Envoy        string                 // path of the binary, or its name on PATH
-	RunDir       string                 // made if it is not there; the folders above must let the proxy's user pass
-	Flows        io.Writer              // flow records, one JSON object a line
-	Concurrency  int                    // Envoy's worker threads; 0: 1
-	Exempt       envoy.Privilege        // how the redirect tells Envoy's connections; "": envoy.OwnUser
-	DrainTimeout time.Duration          // how long open connections may live on after the end was asked for; 0: they are cut
-	RenewAfter   time.Duration          // age at which the X.509-SVID is renewed, if that is before its half-life; 0: at half-life
-	SessionBound time.Duration          // how long TLS sessions may be resumed, and an expired certificate with them; 0: sds.SessionBound
-	EnvoyLog     io.Writer              // Envoy's log; nil: thrown away
+	Bundle       *x509bundle.Bundle                 // roots that the control plane is verified against at first
+	Reread       func() (*x509bundle.Bundle, error) // Bundle, as it is written now; nil: it never changes
+	Token        func() (string, error)             // the pod's token; asked for each time it is needed
+	Envoy        string                             // path of the binary, or its name on PATH
+	RunDir       string                             // made if it is not there; the folders above must let the proxy's user pass
+	Flows        io.Writer                          // flow records, one JSON object a line
+	Concurrency  int                                // Envoy's worker threads; 0: 1
+	Exempt       envoy.Privilege                    // how the redirect tells Envoy's connections; "": envoy.OwnUser
+	DrainTimeout time.Duration                      // how long open connections may live on after the end was asked for; 0: they are cut
+	RenewAfter   time.Duration                      // age at which the X.509-SVID is renewed, if that is before its half-life; 0: at half-life
+	SessionBound time.Duration                      // how long TLS sessions may be resumed, and an expired certificate with them; 0: sds.SessionBound
+	EnvoyLog     io.Writer                          // Envoy's log; nil: thrown away
 	Logger       *slog.Logger
 
 	tuneHold func(*hold.Config) // for tests that cannot wait for what is slow on purpose; nil: hold.Defaults

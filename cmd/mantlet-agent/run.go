@@ -42,7 +42,7 @@ func runCommand() *cobra.Command {
 	flags.StringVar(&f.cfg.Pod, "pod", "", "this pod, as namespace/name; without it $POD_NAMESPACE/$POD_NAME")
 	flags.StringVar(&f.cfg.ControlPlane, "control-plane", "", "address of the control plane, as host:port")
 	flags.StringVar(&f.trustDomain, "trust-domain", "", "SPIFFE trust domain")
-	flags.StringVar(&f.bundle, "bundle", "", "file with the trust domain's root certificates, PEM")
+	flags.StringVar(&f.bundle, "bundle", "", "file with the trust domain's root certificates, PEM; read again when the control plane cannot be verified")
 	flags.StringVar(&f.token, "token-file", "", "file with this pod's token; read again each time")
 	flags.StringVar(&f.cfg.Envoy, "envoy", "envoy", "the Envoy binary")
 	flags.StringVar(&f.cfg.RunDir, "run-dir", "", "folder for sockets; made if it is not there")
@@ -86,7 +86,8 @@ func (f *runFlags) config() (agent.Config, func() error, error) {
 	if cfg.TrustDomain, err = spiffeid.TrustDomainFromString(f.trustDomain); err != nil {
 		return cfg, nil, fmt.Errorf("--trust-domain %s: %w", f.trustDomain, err)
 	}
-	if cfg.Bundle, err = x509bundle.Load(cfg.TrustDomain, f.bundle); err != nil {
+	cfg.Reread = func() (*x509bundle.Bundle, error) { return x509bundle.Load(cfg.TrustDomain, f.bundle) }
+	if cfg.Bundle, err = cfg.Reread(); err != nil {
 		return cfg, nil, fmt.Errorf("--bundle %s: %w", f.bundle, err)
 	}
 	cfg.Token = func() (string, error) {

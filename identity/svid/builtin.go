@@ -24,13 +24,16 @@ const (
 	shortest = time.Second
 )
 
-// BuiltinConfig is what a Builtin needs. Everything but DialContext, MaxAge and Now is required.
+// BuiltinConfig is what a Builtin needs. Everything but Reread, DialContext, MaxAge and Now is required.
 type BuiltinConfig struct {
-	Address     string                 // the control plane's gRPC server, "host:port"
-	TrustDomain spiffeid.TrustDomain   // of the workload and of the control plane
-	Bundle      *x509bundle.Bundle     // roots that the control plane is verified against the first time; later ones come with each SVID
-	Token       func() (string, error) // this pod's token; asked for each attempt
-	Log         *slog.Logger
+	Address     string               // the control plane's gRPC server, "host:port"
+	TrustDomain spiffeid.TrustDomain // of the workload and of the control plane
+	Bundle      *x509bundle.Bundle   // roots that the control plane is verified against the first time; later ones come with each SVID
+	// Reread is where Bundle came from, as it is now. It is asked when an attempt has failed: a control plane that cannot be verified
+	// may have gone through a rotation of its root in which it was not reached. Nil: Bundle never changes.
+	Reread func() (*x509bundle.Bundle, error)
+	Token  func() (string, error) // this pod's token; asked for each attempt
+	Log    *slog.Logger
 	// DialContext opens the connection to Address; nil: a net.Dialer over TCP.
 	DialContext func(ctx context.Context, addr string) (net.Conn, error)
 	// MaxAge renews earlier than at half-life where that would be later; zero: never earlier.
@@ -49,6 +52,8 @@ type Builtin struct {
 	mu      sync.Mutex
 	svid    *x509svid.SVID // nil: none, or expired
 	bundle  *x509bundle.Bundle
+	written *x509bundle.Bundle // by Reread, when it was looked at last
+	newer   *x509bundle.Bundle // by Reread, newer than bundle; nil: it is not
 	updated chan struct{}
 }
 
@@ -84,6 +89,7 @@ func NewBuiltin(cfg BuiltinConfig) (*Builtin, error) {
 		ready:   make(chan struct{}),
 		renew:   make(chan struct{}, 1),
 		bundle:  cfg.Bundle.Clone(),
+		written: cfg.Bundle.Clone(),
 		updated: make(chan struct{}),
 	}, nil
 }
@@ -113,6 +119,7 @@ func (b *Builtin) Run(ctx context.Context) error {
 		} else if ctx.Err() == nil {
 			wait = retry/2 + rand.N(retry/2)
 			retry = min(2*retry, lastRetry)
+			b.reread()
 			b.cfg.Log.Warn("identity not renewed", "control_plane", b.cfg.Address, "error", err, "retry_in", wait)
 		}
 		due := time.After(wait)
@@ -189,13 +196,46 @@ func (b *Builtin) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bun
 func (b *Builtin) replace(next signed) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.svid, b.bundle = next.svid, next.bundle
+	b.svid, b.bundle, b.newer = next.svid, next.bundle, nil
 	b.announce()
 	select {
 	case <-b.ready:
 	default:
 		close(b.ready)
 	}
+}
+
+// reread looks whether the roots that this began with have been written anew. Then the control plane may be verified by them too, until it
+// has said itself what its roots are. Nobody else is.
+func (b *Builtin) reread() {
+	if b.cfg.Reread == nil {
+		return
+	}
+	now, err := b.cfg.Reread()
+	if err != nil {
+		b.cfg.Log.Warn("the trust bundle cannot be read again", "error", err)
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if now.TrustDomain() != b.cfg.TrustDomain || now.Empty() || now.Equal(b.written) {
+		return
+	}
+	b.written, b.newer = now.Clone(), now.Clone()
+	b.cfg.Log.Info("the trust bundle was written anew; the control plane is verified by it too")
+}
+
+// forControlPlane is what the control plane is verified by.
+func (b *Builtin) forControlPlane() *x509bundle.Bundle {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := b.bundle.Clone()
+	if b.newer != nil {
+		for _, root := range b.newer.X509Authorities() {
+			out.AddX509Authority(root)
+		}
+	}
+	return out
 }
 
 func (b *Builtin) expire() {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -331,6 +332,48 @@ func TestRootRotation(t *testing.T) {
 			t.Error(err)
 		} else if _, _, err := x509svid.Verify(s.Certificates, next); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// TestRereadBundle: an agent that missed a whole rotation verifies the control plane by the bundle that was written meanwhile. While it has not been
+// written, or cannot be read, the control plane stays a false one; and it brings nobody else into the bundle that peers are verified by.
+func TestRereadBundle(t *testing.T) {
+	bubble(t, func(t *testing.T, p *plane) {
+		next := newCA(t)
+		defer p.up(p.server(next), next)()
+		written, unreadable := p.ca.Bundle(), errors.New("no such file")
+		var mu sync.Mutex
+		write := func(b *x509bundle.Bundle, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			written, unreadable = b, err
+		}
+		cfg := p.config()
+		cfg.Reread = func() (*x509bundle.Bundle, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			return written, unreadable
+		}
+		b, stop := p.run(cfg)
+		defer stop()
+		<-time.After(10 * time.Minute)
+		write(p.ca.Bundle(), nil)
+		<-time.After(10 * time.Minute)
+		if closed(b.Ready()) {
+			t.Fatal("a control plane whose root nobody has written is trusted")
+		}
+		write(next.Bundle(), nil)
+		if peers, err := b.GetX509BundleForTrustDomain(td); err != nil || !peers.Equal(p.ca.Bundle()) {
+			t.Errorf("peers are verified by %v, %v", peers, err)
+		}
+		start := time.Now()
+		<-b.Ready()
+		if took := time.Since(start); took > 2*lastRetry {
+			t.Errorf("the new bundle is used after %s", took)
+		}
+		if peers, err := b.GetX509BundleForTrustDomain(td); err != nil || !peers.Equal(next.Bundle()) {
+			t.Errorf("peers are verified by %v, %v", peers, err)
 		}
 	})
 }

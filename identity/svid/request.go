@@ -60,7 +60,7 @@ func (b *Builtin) attempt(ctx context.Context) (signed, error) {
 }
 
 func (b *Builtin) tls() *tls.Config {
-	cfg := tlsconfig.TLSClientConfig(b, tlsconfig.AuthorizeID(identity.ControlPlane(b.cfg.TrustDomain)))
+	cfg := tlsconfig.TLSClientConfig(b.forControlPlane(), tlsconfig.AuthorizeID(identity.ControlPlane(b.cfg.TrustDomain)))
 	cfg.MinVersion = tls.VersionTLS13
 	return cfg
 }
