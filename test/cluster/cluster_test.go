@@ -1,8 +1,6 @@
 package cluster
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -194,13 +192,20 @@ func testDown(t *testing.T, c *Cluster) {
 			}
 		}
 	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
+	// Of every thread: one that had entered a machine would keep its mounts.
+	all, err := filepath.Glob("/proc/self/task/*/mountinfo")
+	if err != nil || len(all) == 0 {
+		t.Fatal(all, err)
 	}
-	for s := bufio.NewScanner(bytes.NewReader(mounts)); s.Scan(); {
-		if strings.Contains(s.Text(), c.directory) {
-			t.Errorf("mount left: %s", s.Text())
+	for _, file := range all {
+		mounts, err := os.ReadFile(file)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for line := range strings.Lines(string(mounts)) {
+			if strings.Contains(line, c.directory) {
+				t.Errorf("mount left: %s: %s", file, line)
+			}
 		}
 	}
 	if exists(c.directory) {

@@ -102,16 +102,12 @@ func (m *Machine) start(name, log string, args ...string) error {
 	// Other programs of the cluster stand beside this one, those of the system may be where only root looks.
 	cmd.Env = append(os.Environ(), fmt.Sprintf("PATH=%s:%s:/usr/sbin:/sbin", filepath.Dir(args[0]), os.Getenv("PATH")))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	started := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: a thread that has entered a machine ends with the goroutine
-		err := m.enter()
-		if err == nil {
-			err = cmd.Start()
+	if err := lastOfThread(func() error {
+		if err := m.enter(); err != nil {
+			return err
 		}
-		started <- err
-	}()
-	if err := <-started; err != nil {
+		return cmd.Start()
+	}); err != nil {
 		return fmt.Errorf("%s on %s: %w", name, m.Name, err)
 	}
 	task, err := taskOf(cmd.Process.Pid)
@@ -122,6 +118,22 @@ func (m *Machine) start(name, log string, args ...string) error {
 	task.Log, task.Args = log, args
 	m.Tasks[name] = task
 	return nil
+}
+
+// lastOfThread runs f on a thread that ends then, whatever f has made of it. It is never the process's first thread, which does not end before the
+// process, and whose mounts and network are shown as the process's.
+func lastOfThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the runtime ends the thread with the goroutine
+		if unix.Gettid() != os.Getpid() {
+			done <- f()
+			return
+		}
+		done <- lastOfThread(f) // while this goroutine holds the first thread, the next one cannot get it
+		runtime.UnlockOSThread()
+	}()
+	return <-done
 }
 
 // enter brings the calling thread into the machine; of the PID namespace, what it starts.
