@@ -81,6 +81,31 @@ func removeCgroups(path string) error {
 	return nil
 }
 
+// sweepCgroups removes those of machines that have ended without Down.
+func sweepCgroups() error {
+	hierarchies, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	for _, h := range hierarchies {
+		all, err := filepath.Glob(filepath.Join(h, "mantlet-*-*-*"))
+		if err != nil {
+			return err
+		}
+		for _, path := range all {
+			var first Task
+			parts := strings.Split(filepath.Base(path), "-")
+			if _, err := fmt.Sscan(strings.Join(parts[len(parts)-2:], " "), &first.PID, &first.Start); err != nil || first.alive() {
+				continue // not one of a machine's, or its machine lives
+			}
+			if err := removeTree(path); err != nil && !errors.Is(err, unix.EBUSY) { // busy: its last process is about to end
+				return fmt.Errorf("remove cgroup %s: %w", path, err)
+			}
+		}
+	}
+	return nil
+}
+
 // removeTree removes directories only: the files in them are the kernel's.
 func removeTree(directory string) error {
 	entries, err := os.ReadDir(directory)

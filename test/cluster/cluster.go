@@ -46,6 +46,12 @@ func Up(ctx context.Context, o Options) (_ *Cluster, err error) {
 		return nil, err
 	}
 	o.Nodes = max(1, o.Nodes)
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := sweepCgroups(); err != nil {
+		return nil, err
+	}
 	c := &Cluster{log: o.Log, paths: map[string]string{}}
 	if c.directory, err = filepath.Abs(o.Directory); err != nil {
 		return nil, err
@@ -62,6 +68,9 @@ func Up(ctx context.Context, o Options) (_ *Cluster, err error) {
 		}
 	}()
 	if c.state.Control, err = startMachine(c.paths["node"], "control", c.of("control"), o.Life); err != nil {
+		return nil, err
+	}
+	if err := c.save(); err != nil {
 		return nil, err
 	}
 	if c.state.Network, err = claim(o.Family, c.state.Control); err != nil {

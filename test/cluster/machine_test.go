@@ -108,6 +108,46 @@ func TestMachineEnds(t *testing.T) {
 	}
 }
 
+// Cgroups of a machine that has ended are swept, those of one that lives are not.
+func TestSweep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("makes cgroups, as root; left out because of -short")
+	}
+	own, err := taskOf(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := hierarchies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	lives := &Machine{Name: "test", Init: own}
+	ended := &Machine{Name: "test", Init: Task{PID: own.PID, Start: own.Start - 1}}
+	for _, m := range []*Machine{lives, ended} {
+		t.Cleanup(func() {
+			if err := removeCgroups(m.cgroup()); err != nil {
+				t.Error(err)
+			}
+		})
+		if err := makeCgroups(m.cgroup()); err != nil {
+			t.Fatal(err)
+		}
+		for _, h := range all {
+			if err := os.MkdirAll(filepath.Join(h, m.cgroup(), "kubepods", "pod"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := sweepCgroups(); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range all {
+		if !exists(filepath.Join(h, lives.cgroup())) || exists(filepath.Join(h, ended.cgroup())) {
+			t.Errorf("%s: of a machine that lives: %v, of one that has ended: %v", h, exists(filepath.Join(h, lives.cgroup())), exists(filepath.Join(h, ended.cgroup())))
+		}
+	}
+}
+
 // A process is known by its start: another one with the same ID is not ended.
 func TestTask(t *testing.T) {
 	sleep := exec.CommandContext(t.Context(), "sleep", "600")

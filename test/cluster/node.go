@@ -28,6 +28,9 @@ func (c *Cluster) startNode(ctx context.Context, i int, archives []string, life 
 		return err
 	}
 	c.add(node)
+	if err := c.save(); err != nil {
+		return err
+	}
 	network := c.state.Network
 	if err := network.connectNode(c.state.Control, node, host); err != nil {
 		return err

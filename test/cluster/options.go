@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// Options say what Up makes. Directory and Log have to be set.
+// Options say what Up makes. Directory has to be set.
 type Options struct {
 	// Directory gets the cluster's state, about 500 MB for each node. It must not exist, or be empty.
 	Directory string
@@ -24,7 +24,8 @@ type Options struct {
 	// Images are archives, as docker save or an OCI layout in a tar file, that every node gets before it is ready.
 	Images []string
 	Life   Lifetime
-	Log    *slog.Logger
+	// Log hears of builds of binaries. Nil: nobody does.
+	Log *slog.Logger
 }
 
 // Families are the IP families that nodes, pods and services have.
@@ -42,7 +43,7 @@ type Lifetime int
 // The lifetimes.
 const (
 	UntilDown   Lifetime = iota
-	WithProcess          // when the process that called Up ends, however it ends; only its directory is left then
+	WithProcess          // when the process that called Up ends, however it ends; left are its directory, and cgroups until the next Up
 )
 
 // mostNodes is as many as the nodes' network has addresses for, with room to spare.

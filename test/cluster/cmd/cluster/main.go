@@ -129,7 +129,7 @@ func load(directory *string) *cobra.Command {
 }
 
 func execute(directory *string) *cobra.Command {
-	return &cobra.Command{
+	command := &cobra.Command{
 		Use: "exec MACHINE COMMAND...", Short: "Run a program of this machine in a node, or in \"control\"", Args: cobra.MinimumNArgs(2),
 		DisableFlagsInUseLine: true,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -150,6 +150,8 @@ func execute(directory *string) *cobra.Command {
 			return err
 		},
 	}
+	command.Flags().SetInterspersed(false) // flags after the machine are the program's
+	return command
 }
 
 func build() *cobra.Command {
