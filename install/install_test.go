@@ -153,7 +153,7 @@ func TestNames(t *testing.T) {
 	d := find[appsv1.Deployment](t, list, "Deployment")
 	m := find[admissionregistrationv1.MutatingWebhookConfiguration](t, list, "MutatingWebhookConfiguration")
 	ports := d.Spec.Template.Spec.Containers[0].Ports
-	if svc.Name != names.Service || svc.Spec.Ports[0].Port != names.ServicePort || ports[0].ContainerPort != names.ServicePort || ports[1].ContainerPort != names.WebhookPort ||
+	if svc.Name != names.Service || svc.Spec.Ports[0].Port != names.ServicePort || ports[0].ContainerPort != names.ServicePort || ports[1].ContainerPort != names.WebhookPort || ports[2].ContainerPort != names.HealthPort ||
 		m.Name != names.WebhookConfiguration || m.Webhooks[0].ClientConfig.Service.Name != names.Service {
 		t.Error("the manifests and package names differ")
 	}

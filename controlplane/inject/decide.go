@@ -51,10 +51,10 @@ func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	case ok:
 		return false, field.NotSupported(field.NewPath("metadata", "annotations").Key(policy.InjectLabel), v, []string{yes, no})
 	}
-	switch v := ns.Labels[policy.InjectLabel]; {
-	case v == disabled:
+	switch ns.Labels[policy.InjectLabel] {
+	case disabled:
 		return false, nil
-	case v == enabled:
+	case enabled:
 		return true, nil
 	}
 	return c.Default, nil

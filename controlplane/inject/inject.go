@@ -73,7 +73,7 @@ func Verify(pod *corev1.Pod, ns Namespace, cfg Config) error {
 		return err
 	}
 	want, have := &got.Pod.Spec.InitContainers[0], pod.Spec.InitContainers
-	why := ""
+	var why string
 	switch {
 	case len(have) == 0 || !HasSidecar(pod):
 		why = "the sidecar is missing"

@@ -26,7 +26,7 @@ func libraries(binary string) (map[string]string, error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", file, err)
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }() // was only read
 		for _, p := range f.Progs {
 			if p.Type != elf.PT_INTERP {
 				continue
@@ -71,7 +71,7 @@ func find(name string, machine elf.Machine) (string, error) {
 		if err != nil {
 			return false
 		}
-		defer f.Close()
+		defer func() { _ = f.Close() }() // was only read
 		return f.Machine == machine
 	})
 	if i < 0 {

@@ -38,7 +38,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "image:", err)
 		os.Exit(1)
 	}
-	fmt.Printf("%s  %s  %d MiB\n%s@%s\n", out, name, size>>20, strings.TrimSuffix(name, ":"+tag(name)), digest)
+	fmt.Fprintf(os.Stdout, "%s  %s  %d MiB\n%s@%s\n", out, name, size>>20, strings.TrimSuffix(name, ":"+tag(name)), digest)
 }
 
 // contents are the files that an image is made of.
@@ -126,7 +126,7 @@ func write(c contents, name, out string) (digest v1.Hash, size int64, err error)
 	if err != nil {
 		return digest, 0, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	path, err := layout.Write(filepath.Join(dir, "layout"), empty.Index)
 	if err != nil {
 		return digest, 0, err

@@ -72,6 +72,8 @@ var table = []room{
 		why:  "a pure function of a pod and its namespace: webhook and command line are around it"},
 	{path: "controlplane/source", rooms: []string{"controlplane/policy", "controlplane/inject/names", "verdict", "xds/names"}, never: []string{envoyAPI, grpc},
 		why: "brings objects; what they mean is for policy to say"},
+	{path: "controlplane/admission", rooms: []string{"controlplane/inject/...", "controlplane/settings", "identity/ca"}, never: []string{envoyAPI, grpc},
+		why: "wires the webhooks of a replica: its authority, its client, its settings"},
 	{path: "controlplane/settings", rooms: []string{"controlplane/inject", "controlplane/inject/names", "verdict"}, never: []string{envoyAPI, grpc, "k8s.io/client-go/..."}, pure: true,
 		why: "the configuration file: what is read from it is for the command to wire"},
 	{path: "controlplane/source/kube", rooms: []string{"controlplane/policy", "controlplane/inject/names"}, never: []string{envoyAPI, grpc},

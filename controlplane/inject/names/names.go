@@ -62,6 +62,8 @@ const (
 	Service = "mantlet"
 	// ServicePort is where agents reach the control plane (xDS, certificates).
 	ServicePort = 15012
+	// HealthPort has the control plane's probes and metrics.
+	HealthPort = 15014
 	// WebhookPort is where the API server reaches the webhooks, behind port 443 of Service.
 	WebhookPort = 15017
 	// WebhookConfiguration names the MutatingWebhookConfiguration and the ValidatingWebhookConfiguration.

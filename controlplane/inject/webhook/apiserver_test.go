@@ -40,10 +40,9 @@ const patience = 60 * time.Second
 
 // world is a real API server with an installation whose webhooks this process serves, with the rights that the installation gives.
 type world struct {
-	t       *testing.T
-	config  *rest.Config
-	api     *kubernetes.Clientset
-	objects []*unstructured.Unstructured
+	t      *testing.T
+	config *rest.Config
+	api    *kubernetes.Clientset
 
 	mu       sync.Mutex
 	warnings []string
