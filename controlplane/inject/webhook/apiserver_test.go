@@ -40,7 +40,7 @@ const patience = 60 * time.Second
 
 // world is a real API server with an installation whose webhooks this process serves, with the rights that the installation gives.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	config *rest.Config
 	api    *kubernetes.Clientset
 
@@ -63,7 +63,7 @@ func (w *world) warned() string {
 	return text
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
@@ -231,7 +231,7 @@ func annotated(value string) func(*corev1.Pod) {
 
 func hostNetwork(p *corev1.Pod) { p.Spec.HostNetwork = true }
 
-func listen(t *testing.T, address string) net.Listener {
+func listen(t testing.TB, address string) net.Listener {
 	t.Helper()
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
 	if err != nil {
