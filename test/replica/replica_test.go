@@ -18,7 +18,7 @@ func TestControlPlane(t *testing.T) {
 	w := newWorld(t)
 	plane := w.startControlPlane()
 	db, api, other := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12"), w.addPod("other", "10.64.0.13")
-	w.startAgents(db, api, other)
+	w.startAgents(agentsAt, db, api, other)
 	w.want("no policy", api, db, netns.Connected)
 	w.want("no policy", other, db, netns.Connected)
 
@@ -54,17 +54,35 @@ func TestControlPlane(t *testing.T) {
 	}
 }
 
+// TestReplicas: sidecars of different replicas trust each other, and both replicas enforce what is written once.
+func TestReplicas(t *testing.T) {
+	w := newWorld(t)
+	first, second := w.launch(agentsAt, healthAt), w.launch(secondAt, secondHealthAt)
+	w.ready(first)
+	w.ready(second)
+	db, api, other := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12"), w.addPod("other", "10.64.0.13")
+	w.startAgents(agentsAt, db)
+	w.startAgents(secondAt, api, other)
+	w.apply(admit("db", "api"))
+	w.await("the policy is in force", other, db, netns.Refused)
+	w.await("the policy admits an identity that the other replica signed", api, db, netns.Connected)
+	first.stop()
+	w.want("one replica has ended", api, db, netns.Connected)
+	w.want("one replica has ended", other, db, netns.Refused)
+	second.stop()
+}
+
 // TestReadiness: without an API server the process is alive and not ready, and ends when it is asked to.
 func TestReadiness(t *testing.T) {
 	w := newWorld(t)
 	if err := w.server.Shutdown(); err != nil {
 		t.Fatal(err)
 	}
-	plane := w.launch()
-	if code, _ := w.get("/healthz"); code != 200 {
+	plane := w.launch(agentsAt, healthAt)
+	if code, _ := plane.get("/healthz"); code != 200 {
 		t.Errorf("alive: %d", code)
 	}
-	if code, text := w.get("/readyz"); code != 503 {
+	if code, text := plane.get("/readyz"); code != 503 {
 		t.Errorf("ready without an API server: %d, %s", code, text)
 	}
 	if err := w.server.Restart(t.Context()); err != nil {
@@ -80,15 +98,15 @@ func BenchmarkWriteToACK(b *testing.B) {
 	w := newWorld(b)
 	plane := w.startControlPlane()
 	db, api := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12")
-	w.startAgents(db, api)
+	w.startAgents(agentsAt, db, api)
 	var whole, writes []time.Duration
-	acked, i := w.acks("Verdicts"), 0
+	acked, i := plane.acks("Verdicts"), 0
 	for b.Loop() {
 		began := time.Now()
 		w.apply(admit("db", []string{"api", "nobody"}[i%2]))
 		writes = append(writes, time.Since(began))
 		for now := acked; now == acked; {
-			if now = w.acks("Verdicts"); now > acked {
+			if now = plane.acks("Verdicts"); now > acked {
 				whole = append(whole, time.Since(began))
 				acked = now
 				break

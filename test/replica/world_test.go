@@ -33,7 +33,11 @@ import (
 const (
 	agentsAt = "10.64.0.1:15012"
 	healthAt = "127.0.0.1:15014"
-	port     = 8080
+	// The ports of a second replica: in a cluster each has an address of its own.
+	secondAt       = "10.64.0.1:15112"
+	secondHealthAt = "127.0.0.1:15114"
+
+	port = 8080
 )
 
 // world is an API server on the node, and pods in namespaces of their own, of which the API server hears from the test.
@@ -140,13 +144,14 @@ type controlPlane struct {
 	ended   chan struct{}
 	err     error // valid after ended
 	stopped bool
+	health  string
 }
 
 // launch starts the process and waits until its health port answers.
-func (w *world) launch() *controlPlane {
+func (w *world) launch(agents, health string) *controlPlane {
 	w.t.Helper()
-	p := &controlPlane{t: w.t, log: &text{}, ended: make(chan struct{})}
-	p.cmd = exec.Command(build(w.t, "mantlet"), "control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agentsAt, "--health", healthAt, "--trust-domain", "td.example")
+	p := &controlPlane{t: w.t, log: &text{}, ended: make(chan struct{}), health: health}
+	p.cmd = exec.Command(build(w.t, "mantlet"), "control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agents, "--health", health, "--trust-domain", "td.example")
 	p.cmd.Stderr = p.log
 	w.must(p.cmd.Start())
 	go func() {
@@ -162,7 +167,7 @@ func (w *world) launch() *controlPlane {
 			w.t.Logf("control plane:\n%s", p.log)
 		}
 	})
-	if !until(w.t.Context(), func() bool { code, _ := w.get("/healthz"); return code == http.StatusOK }) {
+	if !until(w.t.Context(), func() bool { code, _ := p.get("/healthz"); return code == http.StatusOK }) {
 		w.t.Fatal("the control plane is not alive")
 	}
 	return p
@@ -170,14 +175,14 @@ func (w *world) launch() *controlPlane {
 
 func (w *world) startControlPlane() *controlPlane {
 	w.t.Helper()
-	p := w.launch()
+	p := w.launch(agentsAt, healthAt)
 	w.ready(p)
 	return p
 }
 
 func (w *world) ready(p *controlPlane) {
 	w.t.Helper()
-	if !until(w.t.Context(), func() bool { code, _ := w.get("/readyz"); return code == http.StatusOK }) {
+	if !until(w.t.Context(), func() bool { code, _ := p.get("/readyz"); return code == http.StatusOK }) {
 		w.t.Fatalf("the control plane is not ready:\n%s", p.log)
 	}
 }
@@ -202,26 +207,28 @@ func (p *controlPlane) stop() {
 }
 
 // get asks the health port; 0: nobody answers.
-func (w *world) get(path string) (code int, body string) {
-	r, err := http.Get("http://" + healthAt + path)
+func (p *controlPlane) get(path string) (code int, body string) {
+	r, err := http.Get("http://" + p.health + path)
 	if err != nil {
 		return 0, ""
 	}
 	defer r.Body.Close()
 	b, err := io.ReadAll(r.Body)
-	w.must(err)
+	if err != nil {
+		return 0, ""
+	}
 	return r.StatusCode, string(b)
 }
 
 // acks is how many responses of a type sidecars have confirmed.
-func (w *world) acks(of string) int {
-	w.t.Helper()
-	_, text := w.get("/metrics")
+func (p *controlPlane) acks(of string) int {
+	p.t.Helper()
+	_, text := p.get("/metrics")
 	_, rest, _ := strings.Cut(text, `mantlet_xds_acks_total{type="`+of+`"} `)
 	line, _, _ := strings.Cut(rest, "\n")
 	n, err := strconv.Atoi(line)
 	if err != nil {
-		w.t.Fatalf("acks of %s: %v\n%s", of, err, text)
+		p.t.Fatalf("acks of %s: %v\n%s", of, err, text)
 	}
 	return n
 }
@@ -257,7 +264,7 @@ func (w *world) addPod(name, ip string) *sidecarPod {
 }
 
 // startAgents starts agents with what injection gives them: the trust bundle of their namespace, and a token of their pod.
-func (w *world) startAgents(pods ...*sidecarPod) {
+func (w *world) startAgents(controlPlane string, pods ...*sidecarPod) {
 	w.t.Helper()
 	var bundle string
 	if !until(w.t.Context(), func() bool {
@@ -287,7 +294,7 @@ func (w *world) startAgents(pods ...*sidecarPod) {
 		log := &text{}
 		process, err := p.net.Start(w.t.Context(), netns.Command{
 			Path: build(w.t, "mantlet-agent"), User: netns.Root, Stdout: log, Stderr: log,
-			Args: []string{"run", "--control-plane", agentsAt, "--trust-domain", "td.example", "--bundle", filepath.Join(dir, "ca.crt"),
+			Args: []string{"run", "--control-plane", controlPlane, "--trust-domain", "td.example", "--bundle", filepath.Join(dir, "ca.crt"),
 				"--token-file", filepath.Join(dir, "token"), "--envoy", w.envoy(), "--run-dir", p.runDir, "--exempt", exempt, "--drain-timeout", "1s"},
 			Env: []string{"PATH=/usr/bin:/bin", "POD_NAMESPACE=shop", "POD_NAME=" + p.object.Name},
 		})
