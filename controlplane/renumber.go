@@ -18,6 +18,7 @@ func (cp *ControlPlane) Renumber(pods, services []netip.Prefix, o *policy.Object
 	cp.policy.PodNetwork, cp.policy.ServiceNetwork = slices.Clone(pods), slices.Clone(services)
 	cp.cluster = slices.Concat(pods, services)
 	before := cp.index
+	cp.changes++
 	cp.index = policy.NewIndex(cp.policy)
 	err := cp.index.ApplyAll(o)
 	cp.index.Inherit(before)
