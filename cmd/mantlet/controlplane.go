@@ -1,15 +1,18 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/clientcmd"
@@ -18,6 +21,7 @@ import (
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/replica"
+	"github.com/mantlet/mantlet/controlplane/settings"
 	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds"
@@ -25,7 +29,7 @@ import (
 
 // controlPlaneFlags are the flags of control-plane as they are written.
 type controlPlaneFlags struct {
-	kubeconfig, trustDomain, secret, mtls, resumption string
+	kubeconfig, config, trustDomain, secret, mtls, resumption string
 	podNetwork, serviceNetwork, nodeAddrs             []string
 	verbose                                           bool
 	cfg                                               replica.Config
@@ -46,7 +50,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 			}
 			f.cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
 			klog.SetSlogLogger(f.cfg.Log) // of the API's client
-			if err := f.read(); err != nil {
+			if err := errors.Join(f.configured(cmd.Flags()), f.read()); err != nil {
 				return err
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
@@ -56,6 +60,8 @@ run: they share nothing but the cluster, and any serves any pod.`,
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&f.kubeconfig, "kubeconfig", "", "how to reach the API server; without it $KUBECONFIG, ~/.kube/config, or the pod's own ServiceAccount")
+	flags.StringVar(&f.config, "config", "", "the settings of an installation (mantlet install writes them); with it pods are given sidecars")
+	flags.StringVar(&f.cfg.Webhooks, "webhook-listen", fmt.Sprint(":", names.WebhookPort), "with --config: where the API server comes, as host:port")
 	flags.StringVar(&f.trustDomain, "trust-domain", "mantlet.local", "SPIFFE trust domain")
 	flags.StringVar(&f.cfg.Listen, "listen", fmt.Sprint(":", names.ServicePort), "where agents come, as host:port")
 	flags.StringVar(&f.cfg.Health, "health", ":15014", "where /healthz, /readyz and /metrics are, as host:port")
@@ -68,6 +74,32 @@ run: they share nothing but the cluster, and any serves any pod.`,
 	flags.DurationVar(&f.cfg.TTL, "svid-ttl", ca.DefaultTTL, "how long pods' certificates are valid; they are renewed at half of it")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "log each configuration that a sidecar is sent")
 	return cmd
+}
+
+// configured takes over what --config says, in the place of flags. It refuses a flag beside it that says the same thing.
+func (f *controlPlaneFlags) configured(flags *pflag.FlagSet) error {
+	if f.config == "" {
+		return nil
+	}
+	text, err := os.ReadFile(f.config)
+	if err != nil {
+		return fmt.Errorf("--config: %w", err)
+	}
+	s, err := settings.Read(text)
+	if err != nil {
+		return fmt.Errorf("--config %s: %w", f.config, err)
+	}
+	for _, name := range []string{"trust-domain", "mtls", "ca-secret", "pod-network", "service-network", "node-address"} {
+		if flags.Changed(name) {
+			return fmt.Errorf("--%s: it is in %s\n  hint: change it there, or leave --config out", name, f.config)
+		}
+	}
+	f.cfg.Settings, f.trustDomain, f.secret = s, s.TrustDomain, s.Namespace+"/"+names.CASecret
+	f.podNetwork, f.serviceNetwork, f.nodeAddrs = s.PodNetworks, s.ServiceNetworks, s.NodeAddresses
+	if s.MTLS != "" {
+		f.mtls = s.MTLS
+	}
+	return nil
 }
 
 // read reads what the flags say.

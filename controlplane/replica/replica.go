@@ -1,7 +1,7 @@
 // Package replica is one process of the control plane in a Kubernetes cluster, from first to last.
 //
 //	health port: /healthz, /metrics at once; /readyz once pods are served
-//	Secret ──authority.Open──► CA
+//	Secret ──authority.Open──► CA ──► the webhooks' port is opened, where there are Settings
 //	API server ──source/kube──► the whole cluster ──► controlplane.NewServer, Load ──► the agents' port is opened
 //	                            every change        ──► Update
 //
@@ -29,9 +29,11 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/mantlet/mantlet/controlplane"
+	"github.com/mantlet/mantlet/controlplane/admission"
 	"github.com/mantlet/mantlet/controlplane/authority"
 	"github.com/mantlet/mantlet/controlplane/metrics"
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/settings"
 	"github.com/mantlet/mantlet/controlplane/source/kube"
 	"github.com/mantlet/mantlet/controlplane/tokenreview"
 	"github.com/mantlet/mantlet/identity/ca"
@@ -54,6 +56,11 @@ type Config struct {
 	Sessions  xds.Resumption // zero: on
 	TTL       time.Duration  // of X.509-SVIDs; zero: ca.DefaultTTL
 	Log       *slog.Logger
+
+	// Settings of an installation, and where the API server comes with pods to be given sidecars, "host:port"; nil: nobody is injected. The fields
+	// above hold, whatever Settings says of the same.
+	Settings *settings.Settings
+	Webhooks string
 
 	// Listening, if set, is told where the ports are, which Listen and Health may leave to the system (":0").
 	Listening func(agents, health net.Addr)
@@ -90,6 +97,9 @@ func Run(ctx context.Context, cfg Config) error {
 			return err
 		}
 		parts.Go(func() error { return bundle.Run(ctx) })
+		if cfg.Settings != nil {
+			parts.Go(func() error { return r.admit(ctx, root) })
+		}
 		parts.Go(func() error { return secret.Follow(ctx, root, bundle.Changed) })
 		return r.run(ctx, root)
 	})
@@ -144,6 +154,17 @@ func (r *replica) open(ctx context.Context, secret authority.Secret) (*ca.CA, er
 		case <-time.After(openAgain):
 		}
 	}
+}
+
+// admit answers the API server's questions about pods. It needs nothing of the cluster's state, so that pods can be created as soon as there is
+// an authority.
+func (r *replica) admit(ctx context.Context, root *ca.CA) error {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", r.cfg.Webhooks)
+	if err != nil {
+		return fmt.Errorf("webhooks' port: %w", err)
+	}
+	return admission.Run(ctx, admission.Config{Settings: r.cfg.Settings, Client: r.clients.review, Authority: root, Listener: l, Log: r.cfg.Log})
 }
 
 // run brings the cluster to the agents.
