@@ -28,8 +28,8 @@ type PodSecurity string
 const (
 	// PodSecurityEnforced is for clusters whose API server has the PodSecurity admission plugin, as it has by default.
 	PodSecurityEnforced PodSecurity = "enforced"
-	// PodSecurityOff is for clusters whose API server does without it: the labels mean nothing.
-	PodSecurityOff PodSecurity = "off"
+	// PodSecurityIgnored is for clusters whose API server does without it: the labels mean nothing.
+	PodSecurityIgnored PodSecurity = "ignored"
 )
 
 // Config is what all sidecars of a cluster share. Image, ControlPlane and TrustDomain are required.
@@ -94,8 +94,8 @@ func (c Config) complete() (Config, error) {
 		return c, errors.New("sidecar: no trust domain is set")
 	case c.Capture != CaptureSidecar && c.Capture != CaptureNode:
 		return c, fmt.Errorf("sidecar: capture %q is not %s or %s", string(c.Capture), CaptureSidecar, CaptureNode)
-	case c.PodSecurity != PodSecurityEnforced && c.PodSecurity != PodSecurityOff:
-		return c, fmt.Errorf("sidecar: podSecurity %q is not %s or %s", string(c.PodSecurity), PodSecurityEnforced, PodSecurityOff)
+	case c.PodSecurity != PodSecurityEnforced && c.PodSecurity != PodSecurityIgnored:
+		return c, fmt.Errorf("sidecar: podSecurity %q is not %s or %s", string(c.PodSecurity), PodSecurityEnforced, PodSecurityIgnored)
 	case c.Concurrency < 0 || c.DrainTimeout < 0 || c.StartupTimeout < 0:
 		return c, errors.New("sidecar: concurrency, drain timeout and startup timeout must not be negative")
 	}

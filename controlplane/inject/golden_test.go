@@ -24,7 +24,7 @@ func testConfig() Config {
 	return Config{Image: "registry.example/mantlet@sha256:0123", ControlPlane: "mantlet.mantlet-system.svc:15012", TrustDomain: spiffeid.RequireTrustDomainFromString("mantlet.local")}
 }
 
-// TestGolden holds a pod against what becomes of it. An archive's comment may hold lines `capture node`, `podSecurity off` and `default`;
+// TestGolden holds a pod against what becomes of it. An archive's comment may hold lines `capture node`, `podSecurity ignored` and `default`;
 // its pod.yaml and namespace.yaml are the input, all other files are wanted: injected.yaml and patch, refused, left, warnings.
 func TestGolden(t *testing.T) {
 	archives, err := filepath.Glob("testdata/*.txtar")
@@ -71,8 +71,8 @@ func render(t *testing.T, comment string, inputs []txtar.File) map[string]string
 		switch strings.TrimSpace(line) {
 		case "capture node":
 			cfg.Capture = CaptureNode
-		case "podSecurity off":
-			cfg.PodSecurity = PodSecurityOff
+		case "podSecurity ignored":
+			cfg.PodSecurity = PodSecurityIgnored
 		case "default":
 			cfg.Default = true
 		}

@@ -163,7 +163,7 @@ const enforceLevel = "pod-security.kubernetes.io/enforce"
 // would blame a container that the person never wrote.
 func (c Config) podSecurity(ns Namespace) []Reason {
 	level := ns.Labels[enforceLevel]
-	if c.Capture == CaptureNode || c.PodSecurity == PodSecurityOff || level == "" || level == "privileged" {
+	if c.Capture == CaptureNode || c.PodSecurity == PodSecurityIgnored || level == "" || level == "privileged" {
 		return nil
 	}
 	return []Reason{{

@@ -38,7 +38,7 @@ type Settings struct {
 	InjectByDefault bool `json:"injectByDefault,omitempty"`
 	// Capture is sidecar or node; "": sidecar.
 	Capture string `json:"capture,omitempty"`
-	// PodSecurity is enforced or off; "": enforced.
+	// PodSecurity is enforced or ignored; "": enforced.
 	PodSecurity string `json:"podSecurity,omitempty"`
 	// Image is the sidecar's, and ImagePullPolicy how the kubelet gets it.
 	Image           string            `json:"image"`

@@ -23,7 +23,7 @@ func TestEqual(t *testing.T) {
 	}
 	for name, values := range map[string]string{
 		"least":  "image: registry.example/mantlet@sha256:01",
-		"others": "image: registry.example/mantlet@sha256:01\ncreateNamespace: false\ninjectByDefault: true\nmtls: strict\npodSecurity: \"off\"",
+		"others": "image: registry.example/mantlet@sha256:01\ncreateNamespace: false\ninjectByDefault: true\nmtls: strict\npodSecurity: ignored",
 		"lists": `
 image: registry.example/mantlet:1.2.3
 imagePullSecrets: [one, two]
