@@ -90,6 +90,10 @@ fuzz: ## Run each fuzz target for FUZZTIME
 proto: ## Generate Go code from the protobuf files
 	$(GO) run $(BUF) generate
 
+.PHONY: conformance
+conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet, permissive and strict; writes docs/conformance.md
+	@./hack/conformance.sh docs/conformance.md
+
 .PHONY: clean
 clean: ## Remove what was built and fetched
 	@[ ! -d .cache/cluster ] || $(CLUSTER) down

@@ -1,0 +1,109 @@
+// Command conformance runs the Kubernetes project's own NetworkPolicy e2e tests, unmodified, against a cluster whose pods have Mantlet's sidecars, and
+// writes down what came out (docs/conformance.md, by `make conformance`).
+//
+//	e2e.test --dry-run ──► names ──► shards of e2e.test, side by side ──► reports ──► table
+//	API server ──pods of the tests──► how many had a sidecar
+//
+// A test that fails, that is skipped without a reason of ours, or whose pods had no sidecar makes it exit 1.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/mantlet/mantlet/test/cluster/binaries"
+)
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "conformance:", err)
+		os.Exit(1)
+	}
+}
+
+// options are the flags.
+type options struct {
+	kubeconfig, mode, out, logs, focus string
+	shards                             int
+}
+
+func run() error {
+	var o options
+	flag.StringVar(&o.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "the cluster; Mantlet is installed there, with injectByDefault")
+	flag.StringVar(&o.mode, "mode", "", "what to call this run in the table: permissive or strict")
+	flag.StringVar(&o.out, "out", "", "file to write the table to; its section about the same mode is replaced")
+	flag.StringVar(&o.logs, "logs", "", "folder for the tests' logs and reports; it is made, and stays")
+	flag.StringVar(&o.focus, "focus", "NetworkPolicy", "ginkgo's expression of which tests to run")
+	flag.IntVar(&o.shards, "shards", 4, "processes of e2e.test at a time")
+	flag.Parse()
+	if o.kubeconfig == "" || o.mode == "" || o.logs == "" {
+		return errors.New("-kubeconfig, -mode and -logs are required")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	e2e, err := binaries.Path(ctx, log, "e2e.test")
+	if err != nil {
+		return err
+	}
+	if o.logs, err = filepath.Abs(o.logs); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(o.logs, 0o755); err != nil {
+		return err
+	}
+	s := suite{program: e2e, kubeconfig: o.kubeconfig, logs: o.logs}
+	names, err := s.list(ctx, o.focus)
+	if err != nil {
+		return err
+	}
+	log.Info("tests", "count", len(names), "shards", o.shards)
+
+	watching, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	seen, err := newCensus(watching, o.kubeconfig)
+	if err != nil {
+		return err
+	}
+	began := time.Now()
+	var results []result
+	parts := make([][]result, o.shards)
+	var g errgroup.Group
+	for i := range o.shards {
+		g.Go(func() (err error) {
+			parts[i], err = s.run(ctx, i, every(names, i, o.shards))
+			return err
+		})
+	}
+	failed := g.Wait() // what ran is written down all the same
+	for _, p := range parts {
+		results = append(results, p...)
+	}
+	r := report{Mode: o.mode, Took: time.Since(began), Results: results, Named: names, Census: seen.counts()}
+	text := r.section()
+	fmt.Print(text)
+	if o.out != "" {
+		if err := replaceSection(o.out, o.mode, text); err != nil {
+			return err
+		}
+	}
+	return errors.Join(failed, r.verdict())
+}
+
+// every is each of n names, beginning with the i-th: slow tests that stand side by side are spread.
+func every(names []string, i, n int) (out []string) {
+	for ; i < len(names); i += n {
+		out = append(out, names[i])
+	}
+	return out
+}

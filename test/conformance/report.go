@@ -1,0 +1,113 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+)
+
+// report is one run.
+type report struct {
+	Mode    string
+	Took    time.Duration
+	Named   []string // that were to run
+	Results []result
+	Census  counts
+}
+
+// excuses are why a test may be skipped.
+var excuses = []struct{ test, reason string }{
+	{"SCTPConnectivity", "the kernel of the machine has no SCTP sockets"},
+}
+
+func excuse(name string) string {
+	for _, e := range excuses {
+		if strings.Contains(name, e.test) {
+			return e.reason
+		}
+	}
+	return ""
+}
+
+// section is the report as Markdown.
+func (r report) section() string {
+	var b strings.Builder
+	count := map[string]int{}
+	for _, t := range r.Results {
+		count[t.State]++
+	}
+	slices.SortFunc(r.Results, func(a, b result) int { return strings.Compare(a.Name, b.Name) })
+	fmt.Fprintf(&b, "## %s\n\n%d tests: %d passed, %d failed, %d skipped; %s; %d pods with a sidecar, %d without.\n\n", r.Mode, len(r.Named),
+		count["passed"], len(r.Results)-count["passed"]-count["skipped"], count["skipped"], r.Took.Round(time.Second), r.Census.Sidecars, len(r.Census.Bare))
+	fmt.Fprintln(&b, "| test | result | time |\n| --- | --- | --- |")
+	for _, t := range r.Results {
+		state := t.State
+		if state == "skipped" {
+			state += ": " + excuse(t.Name)
+		}
+		fmt.Fprintf(&b, "| %s | %s | %.1f s |\n", strings.TrimPrefix(t.Name, "[sig-network] "), state, t.Took.Seconds())
+	}
+	return b.String()
+}
+
+// verdict is nil where every test has passed or is excused, and every pod had a sidecar.
+func (r report) verdict() error {
+	var errs []error
+	done := map[string]bool{}
+	for _, t := range r.Results {
+		done[t.Name] = true
+		if t.State != "passed" && (t.State != "skipped" || excuse(t.Name) == "") {
+			errs = append(errs, fmt.Errorf("%s: %s %s", t.State, t.Name, t.Message))
+		}
+	}
+	for _, n := range r.Named {
+		if !done[n] {
+			errs = append(errs, fmt.Errorf("did not run: %s", n))
+		}
+	}
+	if r.Census.Sidecars == 0 || len(r.Census.Bare) > 0 {
+		errs = append(errs, fmt.Errorf("%d pods of the tests had a sidecar, and these had none: %s", r.Census.Sidecars, strings.Join(r.Census.Bare, ", ")))
+	}
+	return errors.Join(errs...)
+}
+
+// head is how the file begins.
+const head = `# Conformance
+
+The Kubernetes project's own NetworkPolicy tests (v1.36.3), unmodified, against Mantlet's sidecars on a real cluster with no other policy engine:
+written by ` + "`make conformance`" + `.
+
+`
+
+// replaceSection writes a section into a file of these reports, in the place of the one about the same mode.
+func replaceSection(path, mode, text string) error {
+	old, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	sections := map[string]string{mode: text}
+	for _, s := range strings.Split("\n"+string(old), "\n## ")[1:] {
+		name, _, _ := strings.Cut(s, "\n")
+		if name != mode {
+			sections[name] = "## " + strings.TrimRight(s, "\n") + "\n"
+		}
+	}
+	var b bytes.Buffer
+	b.WriteString(head)
+	names := make([]string, 0, len(sections))
+	for n := range sections {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for i, n := range names {
+		if i > 0 {
+			b.WriteString("\n")
+		}
+		b.WriteString(sections[n])
+	}
+	return os.WriteFile(path, b.Bytes(), 0o644)
+}

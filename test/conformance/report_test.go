@@ -1,0 +1,61 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func good() report {
+	return report{
+		Mode: "strict", Took: time.Minute, Named: []string{"a", "b SCTPConnectivity"},
+		Results: []result{{Name: "b SCTPConnectivity", State: "skipped"}, {Name: "a", State: "passed"}}, Census: counts{Sidecars: 3},
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	if err := good().verdict(); err != nil {
+		t.Error(err)
+	}
+	for want, spoil := range map[string]func(r *report){
+		"failed: a":             func(r *report) { r.Results[1].State = "failed" },
+		"timedout: a":           func(r *report) { r.Results[1].State = "timedout" },
+		"skipped: a":            func(r *report) { r.Results[1].State = "skipped" },
+		"did not run: c":        func(r *report) { r.Named = append(r.Named, "c") },
+		"0 pods":                func(r *report) { r.Census.Sidecars = 0 },
+		"had none: netpol/bare": func(r *report) { r.Census.Bare = []string{"netpol/bare"} },
+	} {
+		r := good()
+		spoil(&r)
+		if err := r.verdict(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+}
+
+// The sections of other modes stay when one is written anew.
+func TestReplaceSection(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "out.md")
+	write := func(mode, text string) string {
+		t.Helper()
+		if err := replaceSection(path, mode, "## "+mode+"\n\n"+text+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	write("strict", "one")
+	write("permissive", "two")
+	want := head + "## permissive\n\ntwo\n\n## strict\n\nthree\n"
+	if got := write("strict", "three"); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	if got := write("strict", "three"); got != want {
+		t.Errorf("written twice:\n%s", got)
+	}
+}
