@@ -1,0 +1,130 @@
+package main
+
+import (
+	"fmt"
+	"runtime"
+	"slices"
+	"time"
+)
+
+// sample is one run, or the medians of several. The JSON keys are those of the benchmark's interface.
+type sample struct {
+	Workload  string  `json:"workload"`
+	Sidecars  int     `json:"sidecars"`
+	Affected  int     `json:"affected"`
+	Pushed    int     `json:"pushed"`
+	Bytes     int64   `json:"bytes"` // of responses, as marshalled
+	First     float64 `json:"first_ms"`
+	P50       float64 `json:"p50_ms"`
+	P99       float64 `json:"p99_ms"`
+	Last      float64 `json:"last_ms"`
+	ServerCPU float64 `json:"server_cpu_ms"`
+	ClientCPU float64 `json:"client_cpu_ms"`
+	RSS       int64   `json:"rss_bytes"` // of the control plane, after the run
+
+	allocs, allocated uint64 // by the control plane: how many, bytes
+}
+
+// times enters when sidecars held what they should, as after a moment.
+func (s *sample) times(sorted []time.Duration, since time.Duration) {
+	if len(sorted) == 0 {
+		return
+	}
+	at := func(share float64) float64 { return ms(sorted[int(share*float64(len(sorted)-1))] - since) }
+	s.First, s.P50, s.P99, s.Last = at(0), at(0.5), at(0.99), at(1)
+}
+
+// used enters what processes have used between two moments.
+func (s *sample) used(before, after figures, client time.Duration) {
+	s.ServerCPU, s.ClientCPU, s.RSS = ms(after.CPU-before.CPU), ms(client), after.RSS
+	s.allocs, s.allocated = after.Allocs-before.Allocs, after.Allocated-before.Allocated
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// measure hands a change to the control plane and follows it to the last sidecar.
+func (b *bench) measure(c change) (sample, error) {
+	s := sample{Sidecars: len(b.fleet)}
+	b.world.take(c)
+	b.changed = append(b.changed, c...)
+	next, err := expected(b.world)
+	if err != nil {
+		return s, err
+	}
+	concerned := difference(b.want, next)
+	for name := range concerned {
+		if b.fleet[name] == nil { // its sidecar comes later
+			delete(concerned, name)
+		}
+	}
+	b.want = next
+	steps, err := parcels(c)
+	if err != nil {
+		return s, err
+	}
+	if _, err := b.plane.do(command{Op: "prepare", Steps: steps}); err != nil {
+		return s, err
+	}
+	runtime.GC()
+	before, err := b.settle()
+	if err != nil {
+		return s, err
+	}
+	arrivals := b.expectAll(concerned)
+	client := cpu()
+	r, err := b.plane.do(command{Op: "write"})
+	if err != nil {
+		return s, err
+	}
+	times, err := b.await(arrivals, len(concerned))
+	if err != nil {
+		return s, err
+	}
+	client = cpu() - client
+	after, err := b.settle()
+	if err != nil {
+		return s, err
+	}
+	s.Affected = len(concerned)
+	s.times(times, r.At)
+	s.used(before, after, client)
+	b.count(&s)
+	return s, nil
+}
+
+func (b *bench) count(s *sample) {
+	for _, sc := range b.fleet {
+		pushes, bytes := sc.counts()
+		if pushes > 0 {
+			s.Pushed++
+		}
+		s.Bytes += bytes
+	}
+}
+
+// median takes the median of each figure.
+func median(name string, runs []sample) (sample, error) {
+	if len(runs) == 0 {
+		return sample{}, fmt.Errorf("workload %s: nothing was measured", name)
+	}
+	out := sample{
+		Workload: name, Sidecars: runs[0].Sidecars,
+		Affected: mid(runs, func(s sample) int { return s.Affected }), Pushed: mid(runs, func(s sample) int { return s.Pushed }),
+		Bytes: mid(runs, func(s sample) int64 { return s.Bytes }), RSS: mid(runs, func(s sample) int64 { return s.RSS }),
+		First: mid(runs, func(s sample) float64 { return s.First }), P50: mid(runs, func(s sample) float64 { return s.P50 }),
+		P99: mid(runs, func(s sample) float64 { return s.P99 }), Last: mid(runs, func(s sample) float64 { return s.Last }),
+		ServerCPU: mid(runs, func(s sample) float64 { return s.ServerCPU }), ClientCPU: mid(runs, func(s sample) float64 { return s.ClientCPU }),
+	}
+	out.allocs = mid(runs, func(s sample) uint64 { return s.allocs })
+	out.allocated = mid(runs, func(s sample) uint64 { return s.allocated })
+	return out, nil
+}
+
+func mid[T int | int64 | uint64 | float64](runs []sample, of func(sample) T) T {
+	var all []T
+	for _, s := range runs {
+		all = append(all, of(s))
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"runtime/pprof"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/mantlet/mantlet/controlplane"
+	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/identity/attest"
+	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/xds/server"
+)
+
+var trustDomain = spiffeid.RequireTrustDomainFromString("bench.test")
+
+// planeConfig is what the control plane's process is told first.
+type planeConfig struct {
+	Shape   string       `json:"shape"`
+	N       int          `json:"n"`
+	Listen  string       `json:"listen"` // host:port; port 0: any
+	CA      ca.Material  `json:"ca"`
+	History []stepParcel `json:"history"` // what has changed of the objects that the shape has
+}
+
+// command is what it is told later, and reply what it answers to each. A change is prepared first, so that reading it is not measured.
+type command struct {
+	Op      string       `json:"op"` // "prepare", "write", "figures", "profile", "stop-profile"
+	Steps   []stepParcel `json:"steps"`
+	Profile string       `json:"profile"` // file
+}
+
+type stepParcel struct {
+	Applied []parcel `json:"applied"`
+	Deleted []parcel `json:"deleted"`
+}
+
+type reply struct {
+	Error   string        `json:"error"`
+	Address string        `json:"address"`
+	At      time.Duration `json:"at"`   // when the last write of a change had returned
+	Took    time.Duration `json:"took"` // from there until the control plane had published
+	Load    time.Duration `json:"load"`
+	Figures figures       `json:"figures"`
+}
+
+// runPlane is the process of the control plane: commands in, one reply to each out.
+func runPlane(in io.Reader, out io.Writer) error {
+	commands, replies := json.NewDecoder(in), json.NewEncoder(out)
+	var c planeConfig
+	if err := commands.Decode(&c); err != nil {
+		return err
+	}
+	p, err := newPlane(c)
+	if err != nil {
+		return replies.Encode(reply{Error: err.Error()})
+	}
+	defer p.close()
+	if err := replies.Encode(reply{Address: p.listener.Addr().String(), At: clock(), Load: p.loaded, Figures: p.figures()}); err != nil {
+		return err
+	}
+	for {
+		var c command
+		if err := commands.Decode(&c); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		r, err := p.do(c)
+		if err != nil {
+			r.Error = err.Error()
+		}
+		if err := replies.Encode(r); err != nil {
+			return err
+		}
+	}
+}
+
+type plane struct {
+	*controlplane.ControlPlane
+	feed     feed
+	listener net.Listener
+	stop     func()
+	loaded   time.Duration
+	profile  *os.File
+	prepared change
+}
+
+func config() controlplane.Config {
+	return controlplane.Config{Policy: policy.Config{TrustDomain: trustDomain, PodNetwork: podNetwork}, ServiceNetwork: serviceNetwork}
+}
+
+func newPlane(c planeConfig) (*plane, error) {
+	objects, err := c.objects()
+	if err != nil {
+		return nil, err
+	}
+	authority, err := ca.Load(ca.Config{TrustDomain: trustDomain}, c.CA)
+	if err != nil {
+		return nil, err
+	}
+	cp, g, err := controlplane.NewServer(config(), authority, tokens{}, server.Config{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")})
+	if err != nil {
+		return nil, err
+	}
+	p := &plane{ControlPlane: cp, feed: direct{cp}}
+	began := clock()
+	if err := p.feed.load(objects); err != nil {
+		return nil, err
+	}
+	p.loaded = clock() - began
+	if p.listener, err = net.Listen("tcp", c.Listen); err != nil {
+		return nil, err
+	}
+	go func() { _ = g.Serve(p.listener) }() // ends with Stop
+	p.stop = func() { cp.Close(); g.Stop() }
+	return p, nil
+}
+
+// objects makes them here: they need not be brought, and no world beside them stays in the memory that is measured.
+func (c planeConfig) objects() (*policy.Objects, error) {
+	w, err := newWorld(c.Shape, c.N)
+	if err != nil {
+		return nil, err
+	}
+	steps, err := unparcel(c.History)
+	if err != nil {
+		return nil, err
+	}
+	w.take(steps)
+	return w.all(), nil
+}
+
+func (p *plane) close() { p.stop() }
+
+func (p *plane) do(c command) (r reply, err error) {
+	switch c.Op {
+	case "prepare":
+		p.prepared, err = unparcel(c.Steps)
+	case "write":
+		for _, s := range p.prepared {
+			if r.At, err = p.feed.write(s); err != nil {
+				return r, err
+			}
+		}
+		r.Took = clock() - r.At
+	case "figures":
+		r.Figures = p.figures()
+	case "profile":
+		if p.profile, err = os.Create(c.Profile); err != nil {
+			return r, err
+		}
+		return r, pprof.StartCPUProfile(p.profile)
+	case "stop-profile":
+		pprof.StopCPUProfile()
+		if err := p.profile.Close(); err != nil {
+			return r, err
+		}
+		heap, err := os.Create(strings.TrimSuffix(p.profile.Name(), ".cpu") + ".heap")
+		if err != nil {
+			return r, err
+		}
+		return r, errors.Join(pprof.Lookup("heap").WriteTo(heap, 0), heap.Close())
+	default:
+		return r, fmt.Errorf("command %q: there is no such thing", c.Op)
+	}
+	return r, nil
+}
+
+func unparcel(list []stepParcel) (change, error) {
+	var out change
+	for _, s := range list {
+		applied, err := unpack(s.Applied)
+		if err != nil {
+			return nil, err
+		}
+		deleted, err := unpack(s.Deleted)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, step{applied, deleted})
+	}
+	return out, nil
+}
+
+// tokens attests pods by tokens that name them: asking an API server is not what is measured.
+type tokens struct{}
+
+func tokenOf(p sidecarPod) string { return p.namespace + "/" + p.name + "/" + p.uid }
+
+func (tokens) Attest(_ context.Context, token string) (attest.Pod, error) {
+	parts := strings.Split(token, "/")
+	if len(parts) != 3 {
+		return attest.Pod{}, fmt.Errorf("%w: it does not name a pod", attest.ErrRefused)
+	}
+	return attest.Pod{Namespace: parts[0], Name: parts[1], UID: parts[2]}, nil
+}
