@@ -57,7 +57,8 @@ type ControlPlane struct {
 	rendered     map[string]*rendered // by subject key; only of subjects with sidecars
 	packets      packets
 	nodes        map[string]nodeResources // by node addresses
-	static       []*server.Resource       // clusters, the same for everybody
+	outbound     outbound
+	static       []*server.Resource // clusters, the same for everybody
 	demand       demand
 	loaded       bool        // objects are complete: nothing is published before
 	expiry       *time.Timer // of what is retired; nil: nothing is
@@ -67,6 +68,7 @@ type ControlPlane struct {
 // rendered is what is made of one subject's verdicts.
 type rendered struct {
 	hash       string
+	egress     string // hash of the egress table
 	gate, rbac *server.Resource
 	verdicts   *server.Resource   // for the agent
 	sets       map[string]nodeSet // by node addresses
@@ -104,6 +106,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		rendered: map[string]*rendered{},
 		packets:  packets{},
 		nodes:    map[string]nodeResources{},
+		outbound: outbound{},
 		demand:   newDemand(),
 	}
 	for _, cl := range xds.Clusters() {
@@ -294,7 +297,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	v := cp.index.Verdicts(p.Subject.Key)
 	r := cp.rendered[p.Subject.Key]
 	if hash := cp.index.Hash(p.Subject.Key); r == nil || r.hash != hash {
-		r = &rendered{hash: hash, sets: map[string]nodeSet{}}
+		r = &rendered{hash: hash, egress: v.Egress.Hash(), sets: map[string]nodeSet{}}
 		var err error
 		if r.gate, err = resource(xds.Gate(v)); err != nil {
 			return server.Set{}, err
@@ -319,7 +322,9 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	outbound, err := resource(xds.Outbound(v, cp.cluster, p.NodeIPs))
+	outbound, err := cp.outbound.listener(outboundKey{r.egress, node}, func() (*server.Resource, error) {
+		return resource(xds.Outbound(v, cp.cluster, p.NodeIPs))
+	})
 	if err != nil {
 		return server.Set{}, err
 	}

@@ -39,7 +39,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		if !e.Sidecar || e.Pod == string(client) { // to itself a pod talks past its own capture
 			id = spiffeid.ID{}
 		}
-		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: cp.index.Answer(string(client), verdict.TCP, e.Addr).Always})
+		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: e.Always})
 	}
 	if cp.demand.changes[name] != cp.changes { // else what it rests on has been noted for somebody else already
 		cp.demand.note(name, cp.restsOn(to))

@@ -122,10 +122,15 @@ type Verdicts struct {
 }
 
 // Hash is a content hash of the whole value: 64 hexadecimal digits.
-func (v *Verdicts) Hash() string {
-	b, err := json.Marshal(v)
+func (v *Verdicts) Hash() string { return hash(v) }
+
+// Hash is a content hash of one direction, whoever's it is: 64 hexadecimal digits.
+func (t *Table) Hash() string { return hash(t) }
+
+func hash(value any) string {
+	b, err := json.Marshal(value)
 	if err != nil { // plain data: every field has a total text form
-		panic(fmt.Sprintf("verdict: marshal %s: %v", v.Subject, err))
+		panic(fmt.Sprintf("verdict: marshal %T: %v", value, err))
 	}
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])

@@ -19,6 +19,8 @@ type Endpoint struct {
 	Pod     string      // "namespace/name"; empty: no pod, for example an address outside
 	ID      spiffeid.ID // the pod's identity; zero without a pod
 	Sidecar bool
+	// Always says that no policy has a say between the client and here (Answer.Always). Only Admitted, which knows the client, sets it.
+	Always bool
 }
 
 // Destination is what an address and port inside the cluster stand for.
@@ -119,7 +121,8 @@ func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from plac
 func (x *Index) Admitted(client string, d Destination) []Endpoint {
 	var out []Endpoint
 	for _, e := range d.Endpoints {
-		if x.Answer(client, d.Protocol, e.Addr).Allowed {
+		if a := x.Answer(client, d.Protocol, e.Addr); a.Allowed {
+			e.Always = a.Always
 			out = append(out, e)
 		}
 	}

@@ -14,7 +14,6 @@ import (
 // figures are what a process has used so far, and what its server has sent.
 type figures struct {
 	CPU       time.Duration `json:"cpu"` // user and system
-	RSS       int64         `json:"rss"` // bytes
 	Allocs    uint64        `json:"allocs"`
 	Allocated uint64        `json:"allocated"` // bytes
 	Responses uint64        `json:"responses"`
@@ -38,11 +37,6 @@ func processFigures() figures {
 	samples := []metrics.Sample{{Name: "/gc/heap/allocs:objects"}, {Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(samples)
 	f.Allocs, f.Allocated = samples[0].Value.Uint64(), samples[1].Value.Uint64()
-	rss, err := readRSS()
-	if err != nil {
-		panic(fmt.Sprintf("memory of this process: %v", err))
-	}
-	f.RSS = rss
 	return f
 }
 

@@ -36,7 +36,7 @@ func (s *sample) times(sorted []time.Duration, since time.Duration) {
 
 // used enters what processes have used between two moments.
 func (s *sample) used(before, after figures, client time.Duration) {
-	s.ServerCPU, s.ClientCPU, s.RSS = ms(after.CPU-before.CPU), ms(client), after.RSS
+	s.ServerCPU, s.ClientCPU = ms(after.CPU-before.CPU), ms(client)
 	s.allocs, s.allocated = after.Allocs-before.Allocs, after.Allocated-before.Allocated
 }
 
@@ -88,11 +88,17 @@ func (b *bench) measure(c change) (sample, error) {
 	s.Affected = len(concerned)
 	s.times(times, r.At)
 	s.used(before, after, client)
-	b.count(&s)
-	return s, nil
+	err = b.count(&s)
+	return s, err
 }
 
-func (b *bench) count(s *sample) {
+// count enters what was sent, and the memory that the control plane has now.
+func (b *bench) count(s *sample) error {
+	r, err := b.plane.do(command{Op: "memory"})
+	if err != nil {
+		return err
+	}
+	s.RSS = r.RSS
 	for _, sc := range b.fleet {
 		pushes, bytes := sc.counts()
 		if pushes > 0 {
@@ -100,6 +106,7 @@ func (b *bench) count(s *sample) {
 		}
 		s.Bytes += bytes
 	}
+	return nil
 }
 
 // median takes the median of each figure.

@@ -35,7 +35,7 @@ type planeConfig struct {
 
 // command is what it is told later, and reply what it answers to each. A change is prepared first, so that reading it is not measured.
 type command struct {
-	Op      string       `json:"op"` // "prepare", "write", "figures", "profile", "stop-profile"
+	Op      string       `json:"op"` // "prepare", "write", "figures", "memory", "profile", "stop-profile"
 	Steps   []stepParcel `json:"steps"`
 	Profile string       `json:"profile"` // file
 }
@@ -52,6 +52,7 @@ type reply struct {
 	Took    time.Duration `json:"took"` // from there until the control plane had published
 	Load    time.Duration `json:"load"`
 	Figures figures       `json:"figures"`
+	RSS     int64         `json:"rss"` // bytes
 }
 
 // runPlane is the process of the control plane: commands in, one reply to each out.
@@ -156,6 +157,8 @@ func (p *plane) do(c command) (r reply, err error) {
 		r.Took = clock() - r.At
 	case "figures":
 		r.Figures = p.figures()
+	case "memory":
+		r.RSS, err = readRSS()
 	case "profile":
 		if p.profile, err = os.Create(c.Profile); err != nil {
 			return r, err

@@ -93,6 +93,6 @@ func (p *process) kill() error {
 	if err := p.cmd.Process.Kill(); err != nil {
 		return err
 	}
-	_ = p.cmd.Wait() // says that it was killed
-	return p.in.Close()
+	_ = p.cmd.Wait() // says that it was killed, and closes the pipes
+	return nil
 }

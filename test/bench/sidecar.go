@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -79,7 +80,7 @@ func (s *simulated) connect() {
 			_ = s.stream(s.ctx) // the next one follows
 			select {
 			case <-s.ctx.Done():
-			case <-time.After(20 * time.Millisecond):
+			case <-time.After(50*time.Millisecond + rand.N(100*time.Millisecond)): // about agent/relay's first wait
 			}
 		}
 	})
