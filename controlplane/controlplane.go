@@ -256,8 +256,12 @@ func (cp *ControlPlane) refresh(names map[string]bool) {
 	}
 }
 
-// sweep drops what was rendered for subjects that are gone.
+// sweep drops what was rendered for subjects that are gone. Every subject that there is has a hash, so that there is nothing to look for where
+// there are as many as subjects.
 func (cp *ControlPlane) sweep() {
+	if len(cp.hashes) == cp.index.Subjects() {
+		return
+	}
 	for key := range cp.hashes {
 		if cp.index.SubjectByKey(key) == nil {
 			delete(cp.hashes, key)

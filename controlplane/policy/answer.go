@@ -42,7 +42,7 @@ func (x *Index) bring(s *Subject) {
 	}
 	u := uses{selectors: map[string]*peerSelector{}, egress: map[spiffeid.ID]bool{}, ports: map[spiffeid.ID]bool{}}
 	s.verdicts, s.hash = x.compile(s, &u), ""
-	s.uses = u
+	x.read(s, u)
 	s.ingress, s.egress = verdict.NewIngress(s.verdicts), verdict.NewEgress(s.verdicts)
 	delete(x.dirty, s.Key)
 	x.compiles++
@@ -59,6 +59,9 @@ func (x *Index) Subject(pod string) *Subject {
 	}
 	return p.subject
 }
+
+// Subjects counts the subjects.
+func (x *Index) Subjects() int { return len(x.subjects) }
 
 // SubjectKeys lists all subjects, sorted.
 func (x *Index) SubjectKeys() []string {

@@ -123,7 +123,7 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 		dr.identities = append(dr.identities, p)
 	}
 	if mode == verdict.Permissive {
-		dr.known = x.knownPlaintext(d, rs.rules, resolved, gates)
+		dr.known = x.knownPlaintext(d, rs.rules, resolved, ids, gates)
 	}
 	dr.retired = x.retiredPeers()
 	return dr.layout(rs.isolating)
@@ -132,10 +132,8 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 // closedNetworks is where a peer without identity must be a known pod: the pod network, and the addresses of pods outside of it.
 func (x *Index) closedNetworks() []netip.Prefix {
 	out := slices.Clone(x.podNetwork)
-	for _, a := range slices.SortedFunc(maps.Keys(x.claims), netip.Addr.Compare) {
-		if !x.inPodNetwork(a) {
-			out = append(out, host(a))
-		}
+	for _, a := range slices.SortedFunc(maps.Keys(x.outside), netip.Addr.Compare) {
+		out = append(out, host(a))
 	}
 	return out
 }
@@ -144,9 +142,9 @@ func (x *Index) closedNetworks() []netip.Prefix {
 var anywhere = []ipBlock{{cidr: everywhere[0]}, {cidr: everywhere[1]}}
 
 // knownPlaintext lists the pods without a sidecar that some rule admits: permissive subjects know them by address.
-func (x *Index) knownPlaintext(d *pod, rules []*rule, resolved []*portSet, gates gateCache) []cell {
+func (x *Index) knownPlaintext(d *pod, rules []*rule, resolved []*portSet, covered map[*ident]bool, gates gateCache) []cell {
 	var out []cell
-	for _, peer := range x.plainPods() {
+	for _, peer := range x.plainPods(rules, covered) {
 		for _, a := range x.owned(peer) {
 			c := cell{addrs: []netip.Addr{a}, gates: x.gatesTowards(peer, d, gates)}
 			for i, r := range rules {
@@ -319,10 +317,7 @@ func (x *Index) candidates(rules []*rule, uses *uses) map[*ident]bool {
 // covered lists the identities of which a selector covers at least some pods by its stable labels.
 func (x *Index) covered(s *peerSelector) []*ident {
 	var out []*ident
-	for _, ns := range x.namespaces {
-		if !s.namespaceMatches(ns) {
-			continue
-		}
+	for _, ns := range x.namespacesOf(s) {
 		for _, id := range ns.identities {
 			if s.pods.covers(id.stable, x.namer.Volatile) != none {
 				out = append(out, id)

@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sort"
@@ -53,6 +54,10 @@ type Index struct {
 	retired        retired              // identities that running pods had before
 	volatileKeys   map[string]int       // volatile labels that selectors mention, with a count of uses
 
+	plain   map[string]*pod         // pods without a sidecar
+	outside map[netip.Addr]struct{} // claimed addresses that are not in the pod network
+	readers readers
+
 	packets packetIndex
 
 	dirty    map[string]bool // keys of subjects to compile
@@ -66,15 +71,16 @@ type namespace struct {
 	identities map[spiffeid.ID]*ident
 	pods       map[string]*pod
 	policies   map[string]*netpol
+	sorted     []*netpol           // policies by key; nil: nobody has asked since they changed
+	groups     map[*group]struct{} // that choose it
 }
 
 func (n *namespace) sortedPolicies() []*netpol {
-	out := make([]*netpol, 0, len(n.policies))
-	for _, p := range n.policies {
-		out = append(out, p)
+	if n.sorted == nil && len(n.policies) > 0 {
+		n.sorted = slices.Collect(maps.Values(n.policies))
+		slices.SortFunc(n.sorted, func(a, b *netpol) int { return strings.Compare(a.key, b.key) })
 	}
-	slices.SortFunc(out, func(a, b *netpol) int { return strings.Compare(a.key, b.key) })
-	return out
+	return n.sorted
 }
 
 // NewIndex returns an empty Index.
@@ -109,6 +115,9 @@ func NewIndex(c Config) *Index {
 		boundaries:     new(bart.Table[int]),
 		retired:        retired{},
 		volatileKeys:   map[string]int{},
+		plain:          map[string]*pod{},
+		outside:        map[netip.Addr]struct{}{},
+		readers:        newReaders(),
 		packets:        newPacketIndex(),
 		dirty:          map[string]bool{},
 	}
@@ -292,8 +301,9 @@ func (x *Index) modeOf(ns *namespace) (verdict.Mode, error) {
 func (x *Index) namespace(name string) *namespace {
 	ns, ok := x.namespaces[name]
 	if !ok {
-		ns = &namespace{name: name, labels: map[string]string{}, identities: map[spiffeid.ID]*ident{}, pods: map[string]*pod{}, policies: map[string]*netpol{}}
+		ns = &namespace{name: name, labels: map[string]string{}, identities: map[spiffeid.ID]*ident{}, pods: map[string]*pod{}, policies: map[string]*netpol{}, groups: map[*group]struct{}{}}
 		x.namespaces[name] = ns
+		x.readers.begin(ns)
 	}
 	return ns
 }
@@ -307,25 +317,13 @@ func (x *Index) setNamespace(name string, labels map[string]string, c *change) {
 	for k, v := range labels {
 		ns.labels[k] = v
 	}
-	for _, s := range x.subjects {
-		for _, sel := range s.uses.selectors {
-			if sel.namespaceMatches(&before) != sel.namespaceMatches(ns) {
-				c.subjects[s.Key] = true
-				break
-			}
+	for _, g := range x.readers.relabel(ns, before.labels) {
+		for _, by := range g.readers {
+			mark(c, by.subjects)
 		}
-	}
-	// A peer's egress rules may see a destination's namespace otherwise too.
-	for _, p := range x.allPolicies() {
-		if !p.egress.isolates {
-			continue
-		}
-		for i := range p.egress.rules {
-			for _, sel := range p.egress.rules[i].selectors {
-				if sel.namespaceMatches(&before) != sel.namespaceMatches(ns) {
-					x.touchEgressOf(p, c)
-				}
-			}
+		// A peer's egress rules see a destination's namespace otherwise, too.
+		for p := range g.policies {
+			x.touchEgressOf(p, c)
 		}
 	}
 	modeBefore, _ := x.modeOf(&before)
@@ -334,16 +332,6 @@ func (x *Index) setNamespace(name string, labels map[string]string, c *change) {
 			x.rekey(p, c)
 		}
 	}
-}
-
-func (x *Index) allPolicies() []*netpol {
-	var out []*netpol
-	for _, ns := range x.namespaces {
-		for _, p := range ns.policies {
-			out = append(out, p)
-		}
-	}
-	return out
 }
 
 // setPolicy puts a policy in (or out: nil). Affected are the subjects that it selects or selected and, where it speaks of egress,
@@ -356,14 +344,21 @@ func (x *Index) setPolicy(namespace, key string, p *netpol, c *change) {
 	} else {
 		ns.policies[key] = p
 	}
+	ns.sorted = nil
+	x.follow(old, p)
 	x.countEdges(old, p, c)
 	for _, q := range []*netpol{old, p} {
 		if q == nil {
 			continue
 		}
-		for _, pod := range ns.pods {
-			if pod.subject != nil && !c.subjects[pod.subject.Key] && q.pods.matches(pod.labels) {
-				c.subjects[pod.subject.Key] = true
+		for _, id := range ns.identities {
+			if q.pods.covers(id.stable, x.namer.Volatile) == none {
+				continue
+			}
+			for _, pod := range id.pods {
+				if pod.subject != nil && !c.subjects[pod.subject.Key] && q.pods.matches(pod.labels) {
+					c.subjects[pod.subject.Key] = true
+				}
 			}
 		}
 		if q.egress.isolates {
@@ -374,16 +369,17 @@ func (x *Index) setPolicy(namespace, key string, p *netpol, c *change) {
 
 // touchEgressOf marks the subjects at which the egress of the identities that a policy selects is part of the verdict.
 func (x *Index) touchEgressOf(p *netpol, c *change) {
+	touched := false
 	for _, id := range x.namespace(p.namespace).identities {
 		if p.pods.covers(id.stable, x.namer.Volatile) == none {
 			continue
 		}
 		x.noteEgress(id)
-		for _, s := range x.subjects {
-			if s.uses.byAddress || s.uses.egress[id.id] {
-				c.subjects[s.Key] = true
-			}
-		}
+		mark(c, x.readers.egress[id.id])
+		touched = true
+	}
+	if touched {
+		mark(c, x.readers.byAddress)
 	}
 }
 

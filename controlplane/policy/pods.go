@@ -149,6 +149,9 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 	portsDiffered := i.portsDiffer()
 	p.ident = i
 	i.pods[p.key], ns.pods[p.key], x.pods[p.key] = p, p, p
+	if !p.sidecar {
+		x.plain[p.key] = p
+	}
 	c.pods[p.key] = true
 	x.noteEgress(i)
 	x.claim(p, c)
@@ -165,6 +168,7 @@ func (x *Index) removePod(key string, c *change) {
 	i := p.ident
 	portsDiffered := i.portsDiffer()
 	delete(x.pods, key)
+	delete(x.plain, key)
 	delete(x.namespace(p.namespace).pods, key)
 	delete(i.pods, key)
 	x.disclaim(p, c)
@@ -186,6 +190,9 @@ func (x *Index) claim(p *pod, c *change) {
 	for _, a := range p.ips {
 		if len(x.claims[a]) == 0 {
 			x.claims[a] = []*pod{p}
+			if !x.inPodNetwork(a) {
+				x.outside[a] = struct{}{}
+			}
 			continue
 		}
 		before := x.owner(a)
@@ -200,6 +207,7 @@ func (x *Index) disclaim(p *pod, c *change) {
 		rest := slices.DeleteFunc(slices.Clone(x.claims[a]), func(q *pod) bool { return q == p })
 		if len(rest) == 0 {
 			delete(x.claims, a)
+			delete(x.outside, a)
 			continue
 		}
 		x.claims[a] = rest
@@ -259,24 +267,24 @@ func (x *Index) touchPeersOf(p *pod, identityChanged bool, c *change) {
 	apart := x.egressTellsApart(id)
 	differ := id.portsDiffer() // then rules with named ports list its pods by address
 	outside := slices.ContainsFunc(p.ips, func(a netip.Addr) bool { return !x.inPodNetwork(a) })
-	for _, s := range x.subjects {
-		u := &s.uses
-		if c.subjects[s.Key] {
-			continue
-		}
-		if u.byAddress && (!p.sidecar || apart || outside || identityChanged && x.egressIsolated[id.id]) ||
-			u.egress[id.id] && apart || u.ports[id.id] && (identityChanged || differ) || u.namedByAddress && len(p.ports) > 0 {
-			c.subjects[s.Key] = true
-			continue
-		}
-		for _, sel := range u.selectors {
-			if !sel.namespaceMatches(ns) {
-				continue
-			}
-			m := sel.pods.covers(id.stable, x.namer.Volatile)
+	r := &x.readers
+	if !p.sidecar || apart || outside || identityChanged && x.egressIsolated[id.id] {
+		mark(c, r.byAddress)
+	}
+	if apart {
+		mark(c, r.egress[id.id])
+	}
+	if identityChanged || differ {
+		mark(c, r.ports[id.id])
+	}
+	if len(p.ports) > 0 {
+		mark(c, r.namedByAddress)
+	}
+	for g := range ns.groups {
+		for _, by := range g.readers {
+			m := by.selector.pods.covers(id.stable, x.namer.Volatile)
 			if m == some || m == every && (identityChanged || !p.sidecar || apart) {
-				c.subjects[s.Key] = true
-				break
+				mark(c, by.subjects)
 			}
 		}
 	}
@@ -312,6 +320,7 @@ func (x *Index) leaveSubject(p *pod) {
 	if len(s.pods) == 0 {
 		delete(x.subjects, s.Key)
 		delete(x.dirty, s.Key)
+		x.read(s, uses{})
 		x.packets.forget(s)
 	}
 }
@@ -340,14 +349,20 @@ func (x *Index) subjectKey(p *pod, mode verdict.Mode) string {
 	return b.String()
 }
 
-// plainPods lists the pods without a sidecar, sorted.
-func (x *Index) plainPods() []*pod {
-	var out []*pod
-	for _, p := range x.pods {
-		if !p.sidecar {
-			out = append(out, p)
+// plainPods lists the pods without a sidecar that rules may admit, and maybe others, sorted. covered are the identities that their selectors cover.
+func (x *Index) plainPods(rules []*rule, covered map[*ident]bool) []*pod {
+	from := x.plain
+	if !slices.ContainsFunc(rules, func(r *rule) bool { return r.anyone || len(r.blocks) > 0 }) {
+		from = map[string]*pod{}
+		for id := range covered {
+			for key, p := range id.pods {
+				if !p.sidecar {
+					from[key] = p
+				}
+			}
 		}
 	}
+	out := slices.Collect(maps.Values(from))
 	slices.SortFunc(out, func(a, b *pod) int { return strings.Compare(a.key, b.key) })
 	return out
 }

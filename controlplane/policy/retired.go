@@ -77,11 +77,8 @@ func (x *Index) NextExpiry() (next time.Time, ok bool) {
 
 // touchRetired marks the subjects that might admit an identity: those that list it, and those that admit by address.
 func (x *Index) touchRetired(id spiffeid.ID, c *change) {
-	for _, s := range x.subjects {
-		if s.uses.byAddress || s.uses.egress[id] {
-			c.subjects[s.Key] = true
-		}
-	}
+	mark(c, x.readers.byAddress)
+	mark(c, x.readers.egress[id])
 }
 
 // touchRetiredAt does so for what is retired at addresses whose owner may be another one now.
