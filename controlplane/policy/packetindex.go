@@ -12,9 +12,10 @@ import (
 
 // packetIndex knows whose packets name addresses of whom, so that a pod that comes, goes or moves touches the packets of those alone.
 type packetIndex struct {
-	naming   map[spiffeid.ID]map[*Subject]bool // whose packets name an identity
-	everyone map[*Subject]bool                 // whose packets name every pod with a sidecar
-	seen     map[string]packetPeer             // pods as the packets of others have them
+	naming    map[spiffeid.ID]map[*Subject]bool // whose packets name an identity
+	everyone  map[*Subject]bool                 // whose packets name every pod with a sidecar
+	admitting map[*Subject]bool                 // whose egress admits some address, so that a pod need not be named to be reached
+	seen      map[string]packetPeer             // pods as the packets of others have them
 	// restricting are the pods of seen that have no sidecar and that policy isolates for ingress: every sender enforces that.
 	restricting map[string]bool
 	serving     map[string][]netip.Addr // services ("namespace/name") with ports of UDP or SCTP, and their addresses outside the service network
@@ -31,7 +32,7 @@ type packetPeer struct {
 }
 
 func newPacketIndex() packetIndex {
-	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, seen: map[string]packetPeer{},
+	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, admitting: map[*Subject]bool{}, seen: map[string]packetPeer{},
 		restricting: map[string]bool{}, serving: map[string][]netip.Addr{}, contested: map[netip.Addr]bool{}}
 }
 
@@ -50,6 +51,9 @@ func (n *packetIndex) note(s *Subject) {
 	if all || more {
 		n.everyone[s] = true
 	}
+	if admitsPackets(&s.verdicts.Egress) {
+		n.admitting[s] = true
+	}
 }
 
 func (n *packetIndex) forget(s *Subject) {
@@ -61,6 +65,7 @@ func (n *packetIndex) forget(s *Subject) {
 	}
 	s.packetNames = nil
 	delete(n.everyone, s)
+	delete(n.admitting, s)
 }
 
 // packetPeer is what others' packets rest on of a pod; nil, one that is gone: nothing.
@@ -82,7 +87,7 @@ func (a packetPeer) same(b packetPeer) bool {
 // touchPackets marks the pods whose packets a change may have changed: those whose verdicts may have, those that are touched themselves, and
 // those whose packets name one that is. One more replica touches whoever names its identity.
 func (x *Index) touchPackets(c *change) {
-	touched, all := map[*Subject]bool{}, false
+	touched, restricts := map[*Subject]bool{}, false
 	peers := maps.Clone(c.pods)
 	for key := range c.subjects {
 		s := x.subjects[key]
@@ -92,7 +97,10 @@ func (x *Index) touchPackets(c *change) {
 				continue
 			}
 			peers[name] = true
-			all = all || x.packets.restricting[name] || x.packetPeer(p).subject != "" // whom it hears may be others now
+			if x.packets.restricting[name] || x.packetPeer(p).subject != "" { // whom it hears may be others now
+				restricts = true
+				maps.Copy(touched, x.packets.naming[p.ident.id])
+			}
 		}
 	}
 	for name := range c.pods {
@@ -100,8 +108,7 @@ func (x *Index) touchPackets(c *change) {
 			c.packets[name] = true
 		}
 	}
-	services, closed := x.noteServing(c)
-	all = all || closed
+	services, all := x.noteServing(c)
 	if services || x.endpointsTouched(c) {
 		for name := range x.pods {
 			c.packets[name] = true
@@ -113,13 +120,16 @@ func (x *Index) touchPackets(c *change) {
 			continue
 		}
 		x.packets.see(name, now)
-		all = all || old.subject != "" || now.subject != ""
+		restricts = restricts || old.subject != "" || now.subject != ""
 		for _, id := range []spiffeid.ID{old.id, now.id} {
 			maps.Copy(touched, x.packets.naming[id])
 		}
 		if old.sidecar || now.sidecar {
 			maps.Copy(touched, x.packets.everyone)
 		}
+	}
+	if restricts { // all who may send there hold its ingress policy
+		maps.Copy(touched, x.packets.admitting)
 	}
 	if all {
 		for _, s := range x.subjects {

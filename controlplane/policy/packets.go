@@ -121,8 +121,10 @@ func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
 func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
 	table, evaluator := &p.subject.verdicts.Egress, p.subject.egress
 	pods := x.named(table)
-	for name := range x.packets.restricting {
-		pods[x.pods[name]] = true
+	if admitsPackets(table) { // else who is not named is denied anyway
+		for name := range x.packets.restricting {
+			pods[x.pods[name]] = true
+		}
 	}
 	peers := x.addressed(p, pods)
 	tables := []*verdict.Table{table}
@@ -207,6 +209,14 @@ func packetIdentities(t *verdict.Table) (ids []spiffeid.ID, everyone bool) {
 		})
 	}
 	return ids, everyone
+}
+
+// admitsPackets reports whether a table's blocks of UDP and SCTP admit any address, whoever is there.
+func admitsPackets(t *verdict.Table) bool {
+	allows := func(p verdict.Prefix) bool { return p.Verdict.Allow }
+	return slices.ContainsFunc(t.Blocks, func(b verdict.Block) bool {
+		return b.Protocol != verdict.TCP && (slices.ContainsFunc(b.Peers.Identified, allows) || slices.ContainsFunc(b.Peers.Anonymous, allows))
+	})
 }
 
 // anonymousAt is what a table says at a port of peers without an identity.
