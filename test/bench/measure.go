@@ -13,7 +13,7 @@ type sample struct {
 	Sidecars  int     `json:"sidecars"`
 	Affected  int     `json:"affected"`
 	Pushed    int     `json:"pushed"`
-	Bytes     int64   `json:"bytes"` // of responses, as marshalled
+	Bytes     int64   `json:"bytes"` // of responses as gRPC messages, compressed as they are
 	First     float64 `json:"first_ms"`
 	P50       float64 `json:"p50_ms"`
 	P99       float64 `json:"p99_ms"`

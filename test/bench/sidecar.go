@@ -15,7 +15,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/protobuf/proto"
+	_ "google.golang.org/grpc/encoding/gzip" // as agent/relay
+	"google.golang.org/grpc/stats"
 
 	"github.com/mantlet/mantlet/identity"
 	"github.com/mantlet/mantlet/identity/attest"
@@ -99,7 +100,7 @@ func (s *simulated) stream(ctx context.Context) error {
 	config.MinVersion = tls.VersionTLS13
 	conn, err := grpc.NewClient("passthrough:///"+s.address, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithDisableServiceConfig(),
 		grpc.WithPerRPCCredentials(attest.Bearer(func() (string, error) { return tokenOf(s.pod), nil })), grpc.WithNoProxy(),
-		grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10))
+		grpc.WithStatsHandler(counter{s}), grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10))
 	if err != nil {
 		return err
 	}
@@ -162,7 +163,6 @@ func (s *simulated) take(resp *discoveryv3.DeltaDiscoveryResponse) {
 	if len(resp.Resources)+len(resp.RemovedResources) > 0 {
 		s.pushes++
 	}
-	s.bytes += int64(proto.Size(resp))
 	s.answered[resp.TypeUrl] = true
 	s.moved = now
 	s.check(now)
@@ -219,6 +219,21 @@ func (s *simulated) wrong(want versions) []resourceKey {
 	})
 	return out
 }
+
+// counter counts what a connection brings.
+type counter struct{ *simulated }
+
+func (c counter) HandleRPC(_ context.Context, event stats.RPCStats) {
+	if in, ok := event.(*stats.InPayload); ok {
+		c.mu.Lock()
+		c.bytes += int64(in.WireLength)
+		c.mu.Unlock()
+	}
+}
+
+func (counter) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context   { return ctx }
+func (counter) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (counter) HandleConn(context.Context, stats.ConnStats)                       {}
 
 func (s *simulated) counts() (pushes int, bytes int64) {
 	s.mu.Lock()

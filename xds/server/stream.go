@@ -47,6 +47,9 @@ func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 		end:     cancel,
 		flights: map[string]*flight{},
 	}
+	if err := compress(g.Context()); err != nil {
+		s.cfg.Log.Warn("responses go uncompressed", "client", name, "error", err)
+	}
 	if err := s.attach(ctx, name, st); err != nil {
 		return err
 	}

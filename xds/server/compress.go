@@ -1,0 +1,163 @@
+package server
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash/crc32"
+	"io"
+	"slices"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	ready "google.golang.org/grpc/encoding/gzip"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// What a sidecar is sent repeats itself: to a third of its size, or less, it can be compressed. To do so for each sidecar would cost more CPU than all
+// else, but replicas get the same resources. So a response is written as two gzip members, which together are a gzip stream (RFC 1952, 2.2): the
+// resources, compressed once for whoever gets the same, and the rest, which holds the nonce, as it is.
+
+func init() { encoding.RegisterCompressor(&compressor{Compressor: encoding.GetCompressor(ready.Name)}) }
+
+// compress has responses compressed where the client says that it can read them (grpc-accept-encoding).
+func compress(ctx context.Context) error {
+	can, err := grpc.ClientSupportedCompressors(ctx)
+	if err != nil || !slices.Contains(can, ready.Name) {
+		return err
+	}
+	return grpc.SetSendCompressor(ctx, ready.Name)
+}
+
+const (
+	// worthwhile is the least size of resources that are compressed.
+	worthwhile = 256
+	// mostKept bounds one entry, keptEntries their number: what is sent right now is the same few resources, over and over.
+	mostKept    = 64 << 10
+	keptEntries = 256
+)
+
+// compressor is gRPC's for reading. It is safe for concurrent use.
+type compressor struct {
+	encoding.Compressor
+
+	mu     sync.Mutex
+	kept   map[[sha256.Size]byte][]byte // members, by what is in them
+	oldest [][sha256.Size]byte
+}
+
+func (c *compressor) Compress(w io.Writer) (io.WriteCloser, error) {
+	return &message{compressor: c, out: w}, nil
+}
+
+// message is one message on its way out. It is written when it is complete.
+type message struct {
+	*compressor
+	out   io.Writer
+	plain bytes.Buffer
+}
+
+func (m *message) Write(p []byte) (int, error) { return m.plain.Write(p) }
+
+func (m *message) Close() error {
+	b := m.plain.Bytes()
+	n := sharedEnd(b)
+	if n >= worthwhile {
+		member, err := m.member(b[:n])
+		if err != nil {
+			return err
+		}
+		if _, err := m.out.Write(member); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	_, err := m.out.Write(stored(b))
+	return err
+}
+
+// sharedEnd is where that ends with which a DeltaDiscoveryResponse begins and which is the same for replicas: the resources (field 2) and their type
+// (field 4). 0: it begins with something else.
+func sharedEnd(b []byte) (n int) {
+	for n < len(b) {
+		field, _, length := protowire.ConsumeField(b[n:])
+		if field != 2 && field != 4 || length < 0 {
+			return n
+		}
+		n += length
+	}
+	return n
+}
+
+// member compresses something, or finds it compressed.
+func (c *compressor) member(b []byte) ([]byte, error) {
+	key := sha256.Sum256(b)
+	c.mu.Lock()
+	is := c.kept[key]
+	c.mu.Unlock()
+	if is != nil {
+		return is, nil
+	}
+	var out bytes.Buffer
+	w := writers.Get().(*gzip.Writer)
+	defer writers.Put(w)
+	w.Reset(&out)
+	if _, err := w.Write(b); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	if out.Len() <= mostKept {
+		c.keep(key, out.Bytes())
+	}
+	return out.Bytes(), nil
+}
+
+var writers = sync.Pool{New: func() any { return gzip.NewWriter(nil) }}
+
+func (c *compressor) keep(key [sha256.Size]byte, member []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.kept[key] != nil {
+		return // two at once
+	}
+	if c.kept == nil {
+		c.kept = map[[sha256.Size]byte][]byte{}
+	}
+	if len(c.oldest) == keptEntries {
+		delete(c.kept, c.oldest[0])
+		c.oldest = slices.Delete(c.oldest, 0, 1)
+	}
+	c.kept[key] = member
+	c.oldest = append(c.oldest, key)
+}
+
+// maxStored is the most that one stored block can hold (RFC 1951, 3.2.4).
+const maxStored = 1<<16 - 1
+
+// stored is a gzip member that holds something as it is.
+func stored(b []byte) []byte {
+	out := make([]byte, 0, len(b)+32)
+	out = append(out, 0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255) // deflate, no name, no time, unknown system
+	for rest := b; ; {
+		block := rest[:min(len(rest), maxStored)]
+		rest = rest[len(block):]
+		final := byte(0)
+		if len(rest) == 0 {
+			final = 1
+		}
+		out = append(out, final)
+		out = binary.LittleEndian.AppendUint16(out, uint16(len(block)))
+		out = binary.LittleEndian.AppendUint16(out, ^uint16(len(block)))
+		out = append(out, block...)
+		if final == 1 {
+			break
+		}
+	}
+	out = binary.LittleEndian.AppendUint32(out, crc32.ChecksumIEEE(b))
+	return binary.LittleEndian.AppendUint32(out, uint32(len(b)))
+}
