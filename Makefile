@@ -57,6 +57,18 @@ cluster-binaries: ## Build what a cluster is made of, once: about 10 minutes on 
 soak: envoy cc ## Run edits, kills and restarts under load for SOAK; SOAKBUILD=-trimpath: agents as shipped
 	$(GO) test -race -count=1 -v -timeout 0 ./test/soak -soak $(SOAK) -agent-build=$(SOAKBUILD)
 
+.PHONY: bench
+bench: ## Measure how soon changes are in force, and what they cost: tables and plots of docs/performance.md
+	$(GO) run ./test/bench -docs docs/performance
+
+.PHONY: bench-guard
+bench-guard: ## Fail where a change pushes, sends or allocates 15 % more than test/bench/baseline.json says
+	$(GO) run ./test/bench -guard test/bench/baseline.json
+
+.PHONY: bench-baseline
+bench-baseline:
+	$(GO) run ./test/bench -guard test/bench/baseline.json -accept
+
 .PHONY: vet
 vet: ## Run go vet
 	$(GO) vet ./...

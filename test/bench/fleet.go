@@ -26,6 +26,7 @@ type bench struct {
 	address   string
 	fleet     map[string]*simulated
 	want      map[string]versions
+	loaded    sample // how the control plane took the objects over, with nobody connected
 }
 
 func newBench(ctx context.Context, shape string, n int) (*bench, error) {
@@ -40,7 +41,12 @@ func newBench(ctx context.Context, shape string, n int) (*bench, error) {
 	if b.want, err = expected(b.world); err != nil {
 		return nil, err
 	}
-	return b, b.start("127.0.0.1:0")
+	if err := b.start("127.0.0.1:0"); err != nil {
+		return nil, err
+	}
+	h := b.plane.hello
+	b.loaded = sample{Workload: "load", Last: ms(h.Load), ServerCPU: ms(h.LoadCPU), allocs: h.Figures.Allocs, allocated: h.Figures.Allocated}
+	return b, b.count(&b.loaded)
 }
 
 // start starts a control plane, with the objects that there are now.

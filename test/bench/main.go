@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -36,6 +37,7 @@ type options struct {
 	guard, docs     string
 	accept          bool
 	profile         string
+	only            []string // workloads, where not one or all
 }
 
 func run(ctx context.Context, args []string, out io.Writer) error {
@@ -71,15 +73,15 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 
 // all runs the workloads that are asked for, in one cluster, and reports each.
 func all(ctx context.Context, o options, report func(sample) error) (err error) {
-	names := []string{"cold-start"}
+	names := []string{"load", "cold-start"}
 	var chosen []workload
 	for _, w := range workloads {
 		names = append(names, w.name)
-		if o.workload == "" && (o.shape != shapeLarge || len(w.name) > 6 && w.name[:6] == "policy") || o.workload == w.name {
+		if o.wants(w.name) {
 			chosen = append(chosen, w)
 		}
 	}
-	if len(chosen) == 0 && o.workload != "cold-start" {
+	if len(chosen) == 0 && o.workload != "cold-start" && o.workload != "load" {
 		return fmt.Errorf("workload %q: there are %s", o.workload, strings.Join(names, ", "))
 	}
 	b, err := newBench(ctx, o.shape, o.n)
@@ -91,9 +93,11 @@ func all(ctx context.Context, o options, report func(sample) error) (err error) 
 	if err != nil {
 		return err
 	}
-	if o.workload == "" || o.workload == "cold-start" {
-		if err := report(cold); err != nil {
-			return err
+	if o.workload == "" || o.workload == "cold-start" || o.workload == "load" {
+		for _, s := range []sample{b.loaded, cold} {
+			if err := report(s); err != nil {
+				return err
+			}
 		}
 	}
 	for _, w := range chosen {
@@ -106,6 +110,17 @@ func all(ctx context.Context, o options, report func(sample) error) (err error) 
 		}
 	}
 	return nil
+}
+
+// wants reports whether a workload is to run. In the large cluster only those do that are about policy.
+func (o options) wants(name string) bool {
+	switch {
+	case o.workload != "":
+		return o.workload == name
+	case len(o.only) > 0:
+		return slices.Contains(o.only, name)
+	}
+	return o.shape != shapeLarge || strings.HasPrefix(name, "policy-")
 }
 
 // profiled runs something, with a profile of the control plane where that is asked for. A restart ends the profile with the process.

@@ -25,12 +25,13 @@ type sample struct {
 	allocs, allocated uint64 // by the control plane: how many, bytes
 }
 
-// times enters when sidecars held what they should, as after a moment.
+// times enters when sidecars held what they should, as after a moment: the last write of a change. Who needed only what came before that
+// waited for nothing.
 func (s *sample) times(sorted []time.Duration, since time.Duration) {
 	if len(sorted) == 0 {
 		return
 	}
-	at := func(share float64) float64 { return ms(sorted[int(share*float64(len(sorted)-1))] - since) }
+	at := func(share float64) float64 { return max(ms(sorted[int(share*float64(len(sorted)-1))]-since), 0) }
 	s.First, s.P50, s.P99, s.Last = at(0), at(0.5), at(0.99), at(1)
 }
 

@@ -50,7 +50,8 @@ type reply struct {
 	Address string        `json:"address"`
 	At      time.Duration `json:"at"`   // when the last write of a change had returned
 	Took    time.Duration `json:"took"` // from there until the control plane had published
-	Load    time.Duration `json:"load"`
+	Load    time.Duration `json:"load"` // from the objects to everything compiled and rendered
+	LoadCPU time.Duration `json:"load_cpu"`
 	Figures figures       `json:"figures"`
 	RSS     int64         `json:"rss"` // bytes
 }
@@ -67,7 +68,7 @@ func runPlane(in io.Reader, out io.Writer) error {
 		return replies.Encode(reply{Error: err.Error()})
 	}
 	defer p.close()
-	if err := replies.Encode(reply{Address: p.listener.Addr().String(), At: clock(), Load: p.loaded, Figures: p.figures()}); err != nil {
+	if err := replies.Encode(reply{Address: p.listener.Addr().String(), At: clock(), Load: p.loaded, LoadCPU: p.loadCPU, Figures: p.figures()}); err != nil {
 		return err
 	}
 	for {
@@ -93,6 +94,7 @@ type plane struct {
 	listener net.Listener
 	stop     func()
 	loaded   time.Duration
+	loadCPU  time.Duration
 	profile  *os.File
 	prepared change
 }
@@ -115,11 +117,11 @@ func newPlane(c planeConfig) (*plane, error) {
 		return nil, err
 	}
 	p := &plane{ControlPlane: cp, feed: direct{cp}}
-	began := clock()
+	began, used := clock(), cpu()
 	if err := p.feed.load(objects); err != nil {
 		return nil, err
 	}
-	p.loaded = clock() - began
+	p.loaded, p.loadCPU = clock()-began, cpu()-used
 	if p.listener, err = net.Listen("tcp", c.Listen); err != nil {
 		return nil, err
 	}
