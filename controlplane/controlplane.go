@@ -60,8 +60,9 @@ type ControlPlane struct {
 	outbound     outbound
 	static       []*server.Resource // clusters, the same for everybody
 	demand       demand
-	loaded       bool        // objects are complete: nothing is published before
-	expiry       *time.Timer // of what is retired; nil: nothing is
+	published    map[string]bool // pods of which the present publish has been so far
+	loaded       bool            // objects are complete: nothing is published before
+	expiry       *time.Timer     // of what is retired; nil: nothing is
 	closed       bool
 }
 
@@ -186,6 +187,7 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 func (cp *ControlPlane) publish(d policy.Delta) error {
 	var errs []error
 	stale := map[string]bool{} // on-demand names
+	cp.published = map[string]bool{}
 	for _, key := range d.Subjects {
 		errs = append(errs, cp.publishChanged(key, stale))
 	}
@@ -283,11 +285,12 @@ func (cp *ControlPlane) publishSubject(key string) error {
 	return nil
 }
 
-// publishPod hands a pod's sidecar everything that it should hold, apart from what it asks for.
+// publishPod hands a pod's sidecar everything that it should hold, apart from what it asks for: once in a publish, for whatever reasons.
 func (cp *ControlPlane) publishPod(p policy.Pod) error {
-	if !p.Sidecar || !cp.loaded {
+	if !p.Sidecar || !cp.loaded || cp.published[p.Name] {
 		return nil
 	}
+	cp.published[p.Name] = true
 	set, err := cp.set(p)
 	if err != nil {
 		return fmt.Errorf("pod %s: %w", p.Name, err)

@@ -22,11 +22,13 @@ const (
 	// tolerance is by how much a count may exceed the baseline.
 	tolerance = 1.15
 	guardSize = 200
-	guardRuns = 5
+	guardRuns = 15
+	// What is counted apart from the workload: the runtime counts allocations by whole spans, and pools are emptied whenever it collects.
+	allocsSlack, allocatedSlack = 500, 100_000
 )
 
 // guarded are the workloads of which the counts come out alike each time. How often somebody tries to connect depends on the machine.
-var guarded = []string{"cold-start", "policy-create", "policy-update", "policy-delete", "scale-up", "scale-down", "namespace-relabel", "service-change"}
+var guarded = []string{"policy-create", "policy-update", "policy-delete", "scale-up", "scale-down", "namespace-relabel", "service-change"}
 
 // guard compares counts with a file, or writes it.
 func guard(ctx context.Context, o options, out io.Writer) error {
@@ -34,7 +36,10 @@ func guard(ctx context.Context, o options, out io.Writer) error {
 	for _, shape := range []string{shapeSpread, shapeOne} {
 		small := options{n: guardSize, runs: guardRuns, shape: shape, only: guarded}
 		err := all(ctx, small, func(s sample) error {
-			is[shape+" "+s.Workload] = counts{s.Affected, s.Pushed, s.Bytes, s.allocs, s.allocated}
+			if s.mean.allocs == 0 { // ran once
+				s.mean.allocs, s.mean.allocated = s.allocs, s.allocated
+			}
+			is[shape+" "+s.Workload] = counts{s.Affected, s.Pushed, s.Bytes, s.mean.allocs, s.mean.allocated}
 			return nil
 		})
 		if err != nil {
@@ -73,14 +78,14 @@ func compare(want, is map[string]counts, out io.Writer) error {
 			errs = append(errs, fmt.Errorf("%s: %d sidecars affected, %d in the baseline: it is another workload", name, c.Affected, w.Affected))
 		}
 		for _, f := range []struct {
-			what    string
-			is, was float64
+			what           string
+			is, was, slack float64
 		}{
-			{"pushed", float64(c.Pushed), float64(w.Pushed)}, {"bytes", float64(c.Bytes), float64(w.Bytes)},
-			{"allocs", float64(c.Allocs), float64(w.Allocs)}, {"allocated_bytes", float64(c.Allocated), float64(w.Allocated)},
+			{"pushed", float64(c.Pushed), float64(w.Pushed), 0}, {"bytes", float64(c.Bytes), float64(w.Bytes), 0},
+			{"allocs", float64(c.Allocs), float64(w.Allocs), allocsSlack}, {"allocated_bytes", float64(c.Allocated), float64(w.Allocated), allocatedSlack},
 		} {
 			verdict := ""
-			if f.is > f.was*tolerance {
+			if f.is > f.was*tolerance+f.slack {
 				verdict = "  EXCEEDED"
 				errs = append(errs, fmt.Errorf("%s: %s %.0f, %.0f in the baseline", name, f.what, f.is, f.was))
 			}

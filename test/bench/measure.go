@@ -23,6 +23,7 @@ type sample struct {
 	RSS       int64   `json:"rss_bytes"` // of the control plane, after the run
 
 	allocs, allocated uint64 // by the control plane: how many, bytes
+	mean              struct{ allocs, allocated uint64 }
 }
 
 // times enters when sidecars held what they should, as after a moment: the last write of a change. Who needed only what came before that
@@ -125,6 +126,12 @@ func median(name string, runs []sample) (sample, error) {
 	}
 	out.allocs = mid(runs, func(s sample) uint64 { return s.allocs })
 	out.allocated = mid(runs, func(s sample) uint64 { return s.allocated })
+	for _, s := range runs {
+		out.mean.allocs += s.allocs
+		out.mean.allocated += s.allocated
+	}
+	out.mean.allocs /= uint64(len(runs))
+	out.mean.allocated /= uint64(len(runs))
 	return out, nil
 }
 

@@ -35,6 +35,8 @@ func compress(ctx context.Context) error {
 const (
 	// worthwhile is the least size of resources that are compressed.
 	worthwhile = 256
+	// mostCompressed is the most: what is larger would hold up everybody else's, for a tenth of a second for every few megabytes, and is sent as it is.
+	mostCompressed = 256 << 10
 	// mostKept bounds one entry, keptEntries their number: what is sent right now is the same few resources, over and over.
 	mostKept    = 64 << 10
 	keptEntries = 256
@@ -47,6 +49,9 @@ type compressor struct {
 	mu     sync.Mutex
 	kept   map[[sha256.Size]byte][]byte // members, by what is in them
 	oldest [][sha256.Size]byte
+
+	writing sync.Mutex
+	writer  *gzip.Writer // one for all: it has 800 KB, and what is new is seldom
 }
 
 func (c *compressor) Compress(w io.Writer) (io.WriteCloser, error) {
@@ -65,7 +70,7 @@ func (m *message) Write(p []byte) (int, error) { return m.plain.Write(p) }
 func (m *message) Close() error {
 	b := m.plain.Bytes()
 	n := sharedEnd(b)
-	if n >= worthwhile {
+	if n >= worthwhile && n <= mostCompressed {
 		member, err := m.member(b[:n])
 		if err != nil {
 			return err
@@ -101,23 +106,29 @@ func (c *compressor) member(b []byte) ([]byte, error) {
 	if is != nil {
 		return is, nil
 	}
+	out, err := c.compress(b)
+	if err == nil && len(out) <= mostKept {
+		c.keep(key, out)
+	}
+	return out, err
+}
+
+func (c *compressor) compress(b []byte) ([]byte, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	if c.writer == nil {
+		c.writer = gzip.NewWriter(nil)
+	}
 	var out bytes.Buffer
-	w := writers.Get().(*gzip.Writer)
-	defer writers.Put(w)
-	w.Reset(&out)
-	if _, err := w.Write(b); err != nil {
+	c.writer.Reset(&out)
+	if _, err := c.writer.Write(b); err != nil {
 		return nil, err
 	}
-	if err := w.Close(); err != nil {
+	if err := c.writer.Close(); err != nil {
 		return nil, err
-	}
-	if out.Len() <= mostKept {
-		c.keep(key, out.Bytes())
 	}
 	return out.Bytes(), nil
 }
-
-var writers = sync.Pool{New: func() any { return gzip.NewWriter(nil) }}
 
 func (c *compressor) keep(key [sha256.Size]byte, member []byte) {
 	c.mu.Lock()

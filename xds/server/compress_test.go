@@ -34,7 +34,7 @@ func compressed(t *testing.T, b []byte) []byte {
 }
 
 func TestCompressedIsTheSame(t *testing.T) {
-	random := make([]byte, 200_000)
+	random := make([]byte, 200_000) // kept by nobody: it cannot be compressed below mostKept
 	r := rand.New(rand.NewPCG(1, 2))
 	for i := range random {
 		random[i] = byte(r.Uint32())
@@ -49,6 +49,7 @@ func TestCompressedIsTheSame(t *testing.T) {
 		"small":            {TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource([]byte("x"))}},
 		"usual":            {TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource(text), resource(text)}},
 		"random":           {TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource(random)}},
+		"too much":         {TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource(random), resource(random)}},
 		"version first":    {SystemVersionInfo: "1", TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource(text)}},
 		"with removals":    {TypeUrl: ListenerType, Nonce: "a-1", Resources: []*discoveryv3.Resource{resource(text)}, RemovedResources: []string{"a", "b"}},
 		"a long remainder": {TypeUrl: ListenerType, Nonce: strings.Repeat("n", 3*maxStored)},
