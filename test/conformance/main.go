@@ -67,7 +67,8 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	log.Info("tests", "count", len(names), "shards", o.shards)
+	names, skipped := excused(names)
+	log.Info("tests", "count", len(names), "without", len(skipped), "shards", o.shards)
 
 	watching, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
@@ -76,7 +77,7 @@ func run() error {
 		return err
 	}
 	began := time.Now()
-	var results []result
+	results := skipped
 	parts := make([][]result, o.shards)
 	var g errgroup.Group
 	for i := range o.shards {
@@ -89,7 +90,7 @@ func run() error {
 	for _, p := range parts {
 		results = append(results, p...)
 	}
-	r := report{Mode: o.mode, Took: time.Since(began), Results: results, Named: names, Census: seen.counts()}
+	r := report{Mode: o.mode, Took: time.Since(began), Results: results, Named: append(names, namesOf(skipped)...), Census: seen.counts()}
 	text := r.section()
 	fmt.Print(text)
 	if o.out != "" {

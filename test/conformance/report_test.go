@@ -10,8 +10,8 @@ import (
 
 func good() report {
 	return report{
-		Mode: "strict", Took: time.Minute, Named: []string{"a", "b SCTPConnectivity"},
-		Results: []result{{Name: "b SCTPConnectivity", State: "skipped"}, {Name: "a", State: "passed"}}, Census: counts{Sidecars: 3},
+		Mode: "strict", Took: time.Minute, Named: []string{"a"},
+		Results: []result{{Name: "a", State: "passed"}}, Census: counts{Sidecars: 3},
 	}
 }
 
@@ -20,9 +20,9 @@ func TestVerdict(t *testing.T) {
 		t.Error(err)
 	}
 	for want, spoil := range map[string]func(r *report){
-		"failed: a":             func(r *report) { r.Results[1].State = "failed" },
-		"timedout: a":           func(r *report) { r.Results[1].State = "timedout" },
-		"skipped: a":            func(r *report) { r.Results[1].State = "skipped" },
+		"failed: a":             func(r *report) { r.Results[0].State = "failed" },
+		"timedout: a":           func(r *report) { r.Results[0].State = "timedout" },
+		"skipped: a ":           func(r *report) { r.Results[0].State = "skipped" },
 		"did not run: c":        func(r *report) { r.Named = append(r.Named, "c") },
 		"0 pods":                func(r *report) { r.Census.Sidecars = 0 },
 		"had none: netpol/bare": func(r *report) { r.Census.Bare = []string{"netpol/bare"} },
@@ -57,5 +57,21 @@ func TestReplaceSection(t *testing.T) {
 	}
 	if got := write("strict", "three"); got != want {
 		t.Errorf("written twice:\n%s", got)
+	}
+}
+
+// Only what needs SCTP may be left out, and only where the kernel has none: then it is in the report, with the reason.
+func TestExcused(t *testing.T) {
+	name := "Netpol " + sctp + " should"
+	run, skipped := excused([]string{"a", name})
+	if reason := excuse(name); reason == "" {
+		if len(run) != 2 || len(skipped) != 0 {
+			t.Errorf("the kernel has SCTP: run %q, skipped %v", run, skipped)
+		}
+	} else if r := (report{Results: skipped}); len(run) != 1 || len(skipped) != 1 || !strings.Contains(r.section(), "skipped: "+reason) {
+		t.Errorf("run %q, skipped %v, in\n%s", run, skipped, r.section())
+	}
+	if got := excuse("a"); got != "" {
+		t.Errorf("an ordinary test may be left out: %s", got)
 	}
 }
