@@ -34,10 +34,13 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	return a.run(ctx, began)
 }
 
-// prepare closes the pod and makes the parts.
+// prepare closes the pod, where that is not the node's to do, and makes the parts.
 func prepare(cfg Config) (*agent, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
+	}
+	if cfg.Capture == CaptureNode {
+		return assemble(cfg, nil, nil)
 	}
 	rules, err := cfg.redirect()
 	if err != nil {
@@ -64,13 +67,11 @@ func prepare(cfg Config) (*agent, error) {
 type agent struct {
 	cfg       Config
 	dir       *runDir
-	redirect  *netfilter.Redirect
 	source    *svid.Builtin
 	upstream  *relay.Connection
 	relay     *relay.Relay
 	verdicts  *verdicts.Holder
-	packets   *packets
-	hold      *synHold
+	kernel    kernel
 	sds       *sds.Server
 	identity  *ownIdentity
 	flows     *flows.Receiver
@@ -84,9 +85,10 @@ type agent struct {
 	socket, statusSocket net.Listener
 }
 
-// assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open.
+// assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open. Redirect and packets are those of this process;
+// the node has its own.
 func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *agent, err error) {
-	a := &agent{cfg: cfg, redirect: redirect, packets: packets, stopping: make(chan struct{})}
+	a := &agent{cfg: cfg, stopping: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			a.closeFiles()
@@ -110,26 +112,26 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	}
 	a.source, err = svid.NewBuiltin(svid.BuiltinConfig{
 		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Reread: cfg.Reread, Token: cfg.Token, Log: cfg.Logger,
-		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return netfilter.Dial(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
+		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return cfg.dial()(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
 	})
 	if err != nil {
 		return nil, err
 	}
 	a.upstream, err = relay.Upstream{
-		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, SVID: a.source, Bundle: a.source, Token: cfg.Token, DialContext: netfilter.Dial,
+		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, SVID: a.source, Bundle: a.source, Token: cfg.Token, DialContext: cfg.dial(),
 	}.Connect()
 	if err != nil {
 		return nil, err
 	}
 	a.relay = relay.New(a.upstream, a.source.Ready(), cfg.Logger)
 	a.verdicts = verdicts.New()
-	held := cfg.hold()
-	held.Refused = a.refused
-	a.hold = newSynHold(held, a.relay, a.verdicts, cfg.Logger)
-	a.relay.OnDestinations(a.hold.flip)
-	a.relay.Subscribe(relay.Own{TypeURL: names.TypeNetwork, Name: names.Network, Apply: a.hold.applyNetwork})
-	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.hold.applyVerdicts})
-	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.packets.Apply})
+	if err := a.openKernel(redirect, packets); err != nil {
+		return nil, err
+	}
+	a.relay.OnDestinations(a.kernel.flip)
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypeNetwork, Name: names.Network, Apply: a.kernel.applyNetwork})
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypeVerdicts, Name: names.Verdicts, Apply: a.kernel.applyVerdicts})
+	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.kernel.applyPackets})
 	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
 	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
@@ -151,10 +153,26 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 		return nil, err
 	}
 	a.readiness = &readiness{
-		tables: []table{redirect, a.hold}, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.packets, identity: a.identity.missing,
+		tables: []table{a.kernel}, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.kernel, identity: a.identity.missing,
 		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping,
 	}
 	return a, nil
+}
+
+// openKernel makes what enforces in the kernel, or the way to it.
+func (a *agent) openKernel(redirect *netfilter.Redirect, packets *packets) error {
+	if a.cfg.Capture == CaptureNode {
+		l, err := a.dir.listen(NodeSocket(a.cfg.RunDir), 0o600, -1)
+		if err != nil {
+			return err
+		}
+		a.kernel = newRemote(l, a.relay, a.verdicts, a.refused, a.cfg.Logger)
+		return nil
+	}
+	held := a.cfg.hold()
+	held.Refused = a.refused
+	a.kernel = &local{redirect: redirect, packets: packets, hold: newSynHold(held, a.relay, a.verdicts, a.cfg.Logger), logger: a.cfg.Logger}
+	return nil
 }
 
 // self is the pod's own SPIFFE ID, or "" while it has none.
@@ -170,6 +188,9 @@ func (a *agent) closeFiles() {
 	a.held.close()
 	if a.revoker != nil {
 		a.revoker.Close()
+	}
+	if r, ok := a.kernel.(*remote); ok {
+		_ = r.listener.Close()
 	}
 	if a.upstream != nil {
 		_ = a.upstream.Close()
@@ -213,11 +234,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	parts.Go(func() error { return a.source.Run(rest) })
 	parts.Go(func() error { a.identity.follow(rest); return nil })
 	parts.Go(func() error { a.revoker.Run(rest); return nil })
-	parts.Go(func() error { return a.packets.run(rest) })
-	parts.Go(func() error {
-		return netfilter.Guard(rest, a.cfg.Logger, a.redirect, a.packets, heldTable{a.hold})
-	})
-	parts.Go(func() error { return a.hold.run(rest) })
+	parts.Go(func() error { return a.kernel.run(rest) })
 	parts.Go(func() error { a.readiness.watch(rest, began, a.cfg.Logger); return nil })
 	parts.Go(func() error {
 		<-failed.Done()

@@ -240,7 +240,7 @@ func TestQuestions(t *testing.T) {
 	}
 	told := make(chan map[netip.AddrPort]relay.Verdict, 16)
 	a.relay.OnDestinations(func(news map[netip.AddrPort]relay.Verdict) {
-		a.hold.flip(news)
+		a.kernel.flip(news)
 		told <- news
 	})
 	w.run(a)

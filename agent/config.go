@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -29,7 +30,8 @@ type Config struct {
 	RunDir       string                             // made if it is not there; the folders above must let the proxy's user pass
 	Flows        io.Writer                          // flow records, one JSON object a line
 	Concurrency  int                                // Envoy's worker threads; 0: 1
-	Exempt       envoy.Privilege                    // how the redirect tells Envoy's connections; "": envoy.OwnUser
+	Capture      Capture                            // who works in the kernel; "": CaptureSelf
+	Exempt       envoy.Privilege                    // how the redirect tells Envoy's connections; "": envoy.OwnUser, with CaptureNode envoy.AgentUser
 	DrainTimeout time.Duration                      // how long open connections may live on after the end was asked for; 0: they are cut
 	RenewAfter   time.Duration                      // age at which the X.509-SVID is renewed, if that is before its half-life; 0: at half-life
 	SessionBound time.Duration                      // how long TLS sessions may be resumed, and an expired certificate with them; 0: sds.SessionBound
@@ -39,6 +41,16 @@ type Config struct {
 	tuneHold func(*hold.Config) // for tests that cannot wait for what is slow on purpose; nil: hold.Defaults
 }
 
+// Capture says who does in the kernel what takes privileges.
+type Capture string
+
+const (
+	// CaptureSelf is the agent.
+	CaptureSelf Capture = "redirect"
+	// CaptureNode is the daemon of the pod's node: the agent has no privileges.
+	CaptureNode Capture = "node"
+)
+
 // AgentSocket is the path of the socket for Envoy in a run directory.
 func AgentSocket(runDir string) string { //nolint:revive // which of the sockets, not which package
 	return filepath.Join(runDir, "agent.sock")
@@ -47,6 +59,9 @@ func AgentSocket(runDir string) string { //nolint:revive // which of the sockets
 // StatusSocket is the path of the socket for probes in a run directory.
 func StatusSocket(runDir string) string { return filepath.Join(runDir, "status.sock") }
 
+// NodeSocket is the path of the socket for the node's daemon in a run directory.
+func NodeSocket(runDir string) string { return filepath.Join(runDir, "node.sock") }
+
 // EnvoyDir is Envoy's own folder in a run directory.
 func EnvoyDir(runDir string) string { return filepath.Join(runDir, "envoy") }
 
@@ -54,7 +69,13 @@ func (c *Config) check() error {
 	if c.Concurrency == 0 {
 		c.Concurrency = 1
 	}
-	if c.Exempt == "" {
+	if c.Capture == "" {
+		c.Capture = CaptureSelf
+	}
+	switch {
+	case c.Exempt == "" && c.Capture == CaptureNode:
+		c.Exempt = envoy.AgentUser
+	case c.Exempt == "":
 		c.Exempt = envoy.OwnUser
 	}
 	if c.EnvoyLog == nil {
@@ -64,6 +85,10 @@ func (c *Config) check() error {
 		return fmt.Errorf("control plane address %q: %w", c.ControlPlane, err)
 	}
 	switch {
+	case c.Capture != CaptureSelf && c.Capture != CaptureNode:
+		return fmt.Errorf("capture %q: not %s or %s", string(c.Capture), CaptureSelf, CaptureNode)
+	case (c.Capture == CaptureNode) != (c.Exempt == envoy.AgentUser):
+		return fmt.Errorf("capture %s does not go with exempt %s: with capture %s, and only then, the agent's own user is exempt", c.Capture, c.Exempt, CaptureNode)
 	case c.TrustDomain.IsZero():
 		return errors.New("the trust domain is missing")
 	case c.Bundle == nil || c.Bundle.Empty():
@@ -93,6 +118,15 @@ func (c *Config) redirect() (netfilter.Config, error) {
 		return netfilter.ByMark(), nil
 	}
 	return netfilter.Config{}, fmt.Errorf("exempt %q: not %s or %s", string(c.Exempt), envoy.OwnUser, envoy.SharedUser)
+}
+
+// dial opens connections past the redirect.
+func (c *Config) dial() func(ctx context.Context, network, address string) (net.Conn, error) {
+	if c.Capture == CaptureNode { // whose user is exempt
+		d := net.Dialer{Resolver: &net.Resolver{PreferGo: true}}
+		return d.DialContext
+	}
+	return netfilter.Dial
 }
 
 // hold is the SYN hold's configuration, but for what the control plane says.

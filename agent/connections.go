@@ -13,8 +13,13 @@ func (a *agent) watchConnections() (err error) {
 	if a.cfg.Exempt == envoy.SharedUser {
 		owner = revoke.ByMark(names.ProxyMark)
 	}
+	var destroy func([]revoke.Socket) []error
+	if r, ok := a.kernel.(*remote); ok {
+		destroy = r.destroy
+		r.attached = func() { a.revoker.Again() }
+	}
 	a.revoker, err = revoke.New(revoke.Config{
-		Verdicts: a.verdicts, Envoy: owner, Logger: a.cfg.Logger,
+		Verdicts: a.verdicts, Envoy: owner, Logger: a.cfg.Logger, Destroy: destroy,
 		Coming: func() bool { return a.relay.Coming(names.TypeVerdicts) },
 		Record: func(r flows.Record) {
 			r.Self = a.self()

@@ -25,8 +25,8 @@ type packets struct {
 
 	mu      sync.Mutex
 	news    chan struct{}    // holds one while flows are to be judged by what is in force
-	current *verdict.Packets // what is in force
-	known   bool             // that is what the control plane has said, and not the closed beginning
+	current *verdict.Packets // what is in force; nil: what an agent before this one left
+	known   bool             // that is what the control plane has said, and not the beginning
 	refused error            // why the last that came is not in force
 	changed chan struct{}
 }
@@ -38,6 +38,19 @@ func closePackets(logger *slog.Logger) (*packets, error) {
 		return nil, err
 	}
 	return &packets{logger: logger, current: closed, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+}
+
+// adoptPackets closes the pod to UDP and SCTP where nobody has written the table yet. What an agent before this one was told stays in force
+// until more is known.
+func adoptPackets(logger *slog.Logger) (*packets, error) {
+	there, err := packet.There()
+	if err != nil {
+		return nil, err
+	}
+	if !there {
+		return closePackets(logger)
+	}
+	return &packets{logger: logger, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
 }
 
 // Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
@@ -134,13 +147,22 @@ func (p *packets) Name() string { return packet.TableName }
 func (p *packets) Check() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return packet.Check(p.current)
+	if p.current != nil {
+		return packet.Check(p.current)
+	}
+	if there, err := packet.There(); err != nil || there {
+		return err
+	}
+	return fmt.Errorf("packets: table inet %s is gone", packet.TableName)
 }
 
 // Repair writes the table again.
 func (p *packets) Repair() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.current == nil {
+		p.current = &verdict.Packets{}
+	}
 	return packet.Apply(p.current)
 }
 

@@ -5,8 +5,6 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-
-	"golang.org/x/sys/unix"
 )
 
 // peer is the one process that may use the agent's socket.
@@ -38,14 +36,7 @@ func (p *peer) get() (pid int, changed <-chan struct{}) {
 
 // admit fails unless the process at the other end of a unix socket connected as this one.
 func (p *peer) admit(conn net.Conn) error {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cred *unix.Ucred
-	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
-		return cerr
-	}
+	cred, err := credentials(conn)
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,8 @@ const (
 	OwnUser Privilege = "uid"
 	// SharedUser is the agent's own user, with the capability to mark connections.
 	SharedUser Privilege = "mark"
+	// AgentUser is names.ProxyUID, as which the agent runs too, both without capabilities: the redirect exempts that user.
+	AgentUser Privilege = "agent"
 )
 
 // check fails where the kernel or the agent's user does not allow the privilege.
@@ -29,9 +31,14 @@ func (p Privilege) check() error {
 	switch p {
 	case SharedUser:
 		return nil
+	case AgentUser:
+		if os.Geteuid() != names.ProxyUID {
+			return fmt.Errorf("the agent is user %d, whose connections nothing exempts from the redirect; run it as user %d", os.Geteuid(), names.ProxyUID)
+		}
+		return nil
 	case OwnUser:
 	default:
-		return fmt.Errorf("envoy privilege %q: not %s or %s", string(p), OwnUser, SharedUser)
+		return fmt.Errorf("envoy privilege %q: not %s, %s or %s", string(p), OwnUser, SharedUser, AgentUser)
 	}
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("envoy is to run as user %d, which takes an agent that runs as root; run it so, or use --exempt mark", names.ProxyUID)
@@ -79,7 +86,8 @@ func (p Privilege) prepare() (*syscall.SysProcAttr, error) {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("set no_new_privs: %w", err)
 	}
-	// Another user has no capabilities after exec whatever the bounding set says; for the same user the set is what limits it.
+	// Another user has no capabilities after exec whatever the bounding set says, nor has one who has none now; for the same user the set is
+	// what limits it.
 	if err := limitCapabilities(keep); err != nil && p == SharedUser {
 		return nil, fmt.Errorf("limit envoy's capabilities (needs CAP_SETPCAP): %w", err)
 	}

@@ -12,8 +12,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// MaxMessage is how many bytes a message may have: a packet policy of a million addresses.
-const MaxMessage = 64 << 20
+// MaxMessage is how many bytes a message may have: more than the verdicts on 100,000 identities or addresses take.
+const MaxMessage = 32 << 20
 
 // Link is one end of a connection. Send may be called from many goroutines, Receive from one at a time.
 type Link struct {

@@ -20,12 +20,21 @@ type Config struct {
 	Mark uint32
 	// UIDs exempt the connections of these users. Users are those of the user namespace that owns the network namespace.
 	UIDs []uint32
+	// Marked are users whose packets get Mark, so that whoever exempts the mark exempts them: for agents that may not set it.
+	Marked []uint32
 }
 
 // ByUser is the configuration for an Envoy that runs as names.ProxyUID.
 func ByUser() Config {
 	c := ByMark()
 	c.UIDs = []uint32{names.ProxyUID}
+	return c
+}
+
+// ByNode is the configuration for an Envoy and an agent that both run as names.ProxyUID, without privileges.
+func ByNode() Config {
+	c := ByUser()
+	c.Marked = c.UIDs
 	return c
 }
 
@@ -51,7 +60,7 @@ func New(cfg Config, logger *slog.Logger) (*Redirect, error) {
 	case cfg.Mark == 0:
 		return nil, errors.New("redirect: mark 0 is the mark of every ordinary socket; choose another")
 	}
-	cfg.UIDs = slices.Clone(cfg.UIDs)
+	cfg.UIDs, cfg.Marked = slices.Clone(cfg.UIDs), slices.Clone(cfg.Marked)
 	return &Redirect{cfg: cfg, logger: logger}, nil
 }
 

@@ -18,6 +18,7 @@ func table() *nftables.Table {
 //
 //	ct timeout reset { protocol tcp; policy = { close: 0, … } }
 //	chain remember { type filter hook output priority -160; policy accept;
+//		meta skuid 15150 meta mark set 0x6d74   # Marked
 //		meta l4proto tcp ct timeout set "reset"
 //	}
 //	chain prerouting { type nat hook prerouting priority -100; policy accept;
@@ -36,8 +37,12 @@ func (c Config) chains() []Chain {
 		exempt = append(exempt, returnIf(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uid)))
 	}
 	exempt = append(exempt, returnIf(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(c.Mark)))
+	var remember [][]expr.Any
+	for _, uid := range c.Marked {
+		remember = append(remember, markIf(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uid), c.Mark))
+	}
 	return []Chain{
-		{rememberChain(), [][]expr.Any{forgetReset()}},
+		{rememberChain(), append(remember, forgetReset())},
 		{natChain("prerouting", nftables.ChainHookPrerouting), [][]expr.Any{
 			// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
 			returnIf(expr.MetaKeyIIFNAME, interfaceName("lo")),
@@ -63,6 +68,16 @@ func returnIf(key expr.MetaKey, value []byte) []expr.Any {
 		&expr.Meta{Key: key, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value},
 		&expr.Verdict{Kind: expr.VerdictReturn},
+	}
+}
+
+// markIf gives a packet a mark where a property of it has the given value.
+func markIf(key expr.MetaKey, value []byte, mark uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: key, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value},
+		&expr.Immediate{Register: 1, Data: binaryutil.NativeEndian.PutUint32(mark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
 	}
 }
 

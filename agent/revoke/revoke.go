@@ -17,7 +17,7 @@ import (
 	"github.com/mantlet/mantlet/xds/names"
 )
 
-// Config says what a Revoker works with. All fields are required.
+// Config says what a Revoker works with. All fields are required except where they say otherwise.
 type Config struct {
 	Verdicts *verdicts.Holder
 	// Coming reports whether newer verdicts have been received and not yet been applied.
@@ -26,6 +26,8 @@ type Config struct {
 	Envoy  Owner
 	Record func(flows.Record) // takes down each connection that was cut
 	Logger *slog.Logger
+	// Destroy resets sockets for one who may not, and says of each why it failed; nil: the Revoker does it itself.
+	Destroy func([]Socket) []error
 }
 
 // Revoker holds the pod's open connections and cuts those that the verdicts deny. It is a flows.Observer and safe for concurrent use.
@@ -52,7 +54,7 @@ type connection struct {
 
 // New opens the kernel's interface in the network namespace of the calling thread.
 func New(cfg Config) (*Revoker, error) {
-	k, err := openSockets()
+	k, err := openSockets(cfg.Destroy)
 	if err != nil {
 		return nil, err
 	}
@@ -118,6 +120,9 @@ func (r *Revoker) Forget() {
 	defer r.mu.Unlock()
 	clear(r.open)
 }
+
+// Again tries at once to cut what could not be cut.
+func (r *Revoker) Again() { r.sweep() }
 
 // sweep holds all open connections against the verdicts in force.
 func (r *Revoker) sweep() {

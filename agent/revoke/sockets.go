@@ -45,13 +45,14 @@ type sockets struct {
 	mu     sync.Mutex
 	conn   *netlink.Conn
 	closed bool
+	others func([]Socket) []error // who destroys; nil: this one
 }
 
-// openSockets fails where the kernel cannot destroy sockets, so that nobody relies on it.
-func openSockets() (*sockets, error) {
-	s := &sockets{}
-	if err := s.dial(); err != nil {
-		return nil, err
+// openSockets fails where sockets cannot be destroyed, so that nobody relies on it. Where others do that they are not asked now.
+func openSockets(others func([]Socket) []error) (*sockets, error) {
+	s := &sockets{others: others}
+	if err := s.dial(); err != nil || others != nil {
+		return s, err
 	}
 	// Nobody has this socket. A kernel that could destroy it says so.
 	nobody := ends{netip.MustParseAddrPort("0.0.0.0:0"), netip.MustParseAddrPort("0.0.0.0:0")}
@@ -151,6 +152,9 @@ func (s *sockets) find(list []ends) ([]*socket, error) {
 // destroy resets sockets: both their owners and the far ends learn it at once. There is an error for each that failed; ENOENT and ESTALE:
 // it is gone already.
 func (s *sockets) destroy(list []socket) []error {
+	if s.others != nil {
+		return s.delegate(list)
+	}
 	errs := make([]error, len(list))
 	requests := make([]netlink.Message, len(list))
 	for i, k := range list {

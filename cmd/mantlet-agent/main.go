@@ -10,9 +10,15 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/mantlet/mantlet/agent/node"
 )
 
 func main() {
+	if asPlugin() {
+		node.Plugin()
+		return
+	}
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
 	root := &cobra.Command{
@@ -21,7 +27,7 @@ func main() {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), readyCommand(), versionCommand())
+	root.AddCommand(runCommand(), readyCommand(), nodeCommand(), netnsCommand(), versionCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "mantlet-agent:", err)
 		os.Exit(1)

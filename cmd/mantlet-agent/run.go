@@ -48,11 +48,11 @@ func runCommand() *cobra.Command {
 	flags.StringVar(&f.cfg.RunDir, "run-dir", "", "folder for sockets; made if it is not there")
 	flags.StringVar(&f.flows, "flows", "-", "file to append flow records to, or - for stdout")
 	flags.IntVar(&f.cfg.Concurrency, "concurrency", 1, "Envoy's worker threads")
-	flags.StringVar(&f.exempt, "exempt", string(envoy.OwnUser), "how the redirect tells Envoy's own connections: uid (Envoy has a user of its own) or mark (it shares the agent's)")
+	flags.StringVar(&f.exempt, "exempt", "", "how the redirect tells Envoy's own connections: uid (Envoy has a user of its own; the default), mark (it shares the agent's), or agent (both have that user and no privileges; the default with --capture node)")
 	flags.DurationVar(&f.cfg.DrainTimeout, "drain-timeout", 5*time.Second, "how long open connections may live on after SIGTERM")
 	flags.DurationVar(&f.cfg.RenewAfter, "renew-after", 0, "renew the certificate at this age, if that is before half of its validity is over; 0: never earlier")
 	flags.DurationVar(&f.cfg.SessionBound, "session-bound", 10*time.Minute, "how long TLS sessions with this pod may be resumed, which is how long an expired certificate may be accepted at most")
-	flags.StringVar(&f.capture, "capture", "redirect", "how the pod's traffic gets to Envoy; only redirect so far")
+	flags.StringVar(&f.capture, "capture", string(agent.CaptureSelf), "who redirects the pod's traffic to Envoy: redirect (this process) or node (mantlet-agent node, in the pod's network namespace)")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "log each configuration that Envoy accepts")
 	for _, name := range []string{"control-plane", "trust-domain", "bundle", "token-file", "run-dir"} {
 		if err := cmd.MarkFlagRequired(name); err != nil {
@@ -65,9 +65,6 @@ func runCommand() *cobra.Command {
 // config reads what the flags name. The function closes the flows' file.
 func (f *runFlags) config() (agent.Config, func() error, error) {
 	cfg := f.cfg
-	if f.capture != "redirect" {
-		return cfg, nil, fmt.Errorf("--capture %s: only redirect is supported", f.capture)
-	}
 	level := slog.LevelInfo
 	if f.verbose {
 		level = slog.LevelDebug
@@ -81,7 +78,7 @@ func (f *runFlags) config() (agent.Config, func() error, error) {
 	}
 	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
 	cfg.EnvoyLog = os.Stderr
-	cfg.Exempt = envoy.Privilege(f.exempt)
+	cfg.Capture, cfg.Exempt = agent.Capture(f.capture), envoy.Privilege(f.exempt)
 	var err error
 	if cfg.TrustDomain, err = spiffeid.TrustDomainFromString(f.trustDomain); err != nil {
 		return cfg, nil, fmt.Errorf("--trust-domain %s: %w", f.trustDomain, err)

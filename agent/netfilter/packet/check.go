@@ -2,6 +2,9 @@ package packet
 
 import (
 	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
 
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/verdict"
@@ -23,4 +26,17 @@ func Check(p *verdict.Packets) error {
 		return fmt.Errorf("packets: %w", err)
 	}
 	return nil
+}
+
+// There reports whether the calling thread's network namespace has the table, in whatever state.
+func There() (bool, error) {
+	conn, err := open()
+	if err != nil {
+		return false, err
+	}
+	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("packets: read tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), nil
 }

@@ -24,7 +24,7 @@ const (
 // AgentMessage is what the agent says.
 type AgentMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Of a request, which Result answers: 1 and up, each greater than the one before. 0 in an answer.
+	// Of a request, which Result answers: 1 and up, each another. 0 in an answer.
 	Request uint64 `protobuf:"varint,1,opt,name=request,proto3" json:"request,omitempty"`
 	// At most one request of each kind is outstanding.
 	//

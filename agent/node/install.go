@@ -1,0 +1,201 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+// Installation is where the CNI plugin goes.
+type Installation struct {
+	BinDir      string // of the container runtime's CNI plugins
+	ConfDir     string // of its CNI configurations
+	Binary      string // mantlet-agent
+	StateDir    string // of State files, as the node has it
+	KubeletRoot string
+}
+
+// Install puts the plugin's binary in place, and then the plugin at the end of the node's CNI configuration: the first of the folder, which is that
+// which container runtimes take. What is as it should be is not touched. It reports whether anything was changed.
+func (i Installation) Install() (changed bool, err error) {
+	plugin := filepath.Join(i.BinDir, PluginName)
+	same, err := sameContent(i.Binary, plugin)
+	if err != nil {
+		return false, fmt.Errorf("install the CNI plugin: %w", err)
+	}
+	if !same {
+		b, err := os.ReadFile(i.Binary)
+		if err != nil {
+			return false, fmt.Errorf("install the CNI plugin: %w", err)
+		}
+		if err := replace(plugin, b, 0o755); err != nil {
+			return false, fmt.Errorf("install the CNI plugin: %w", err)
+		}
+	}
+	confs, err := i.confs()
+	if err != nil {
+		return false, err
+	}
+	if len(confs) == 0 {
+		return false, fmt.Errorf("no CNI configuration in %s yet: install the cluster's network plugin; this one comes after it", i.ConfDir)
+	}
+	if filepath.Ext(confs[0]) != ".conflist" {
+		return false, fmt.Errorf("the CNI configuration %s is not a list, to which a plugin could be added: write it as a .conflist", confs[0])
+	}
+	entry, err := json.Marshal(map[string]string{"type": PluginName, "kubeletRoot": i.KubeletRoot, "stateDir": i.StateDir})
+	if err != nil {
+		return false, err
+	}
+	edited, err := edit(confs[0], entry)
+	return !same || edited, err
+}
+
+// Uninstall takes the plugin out of all CNI configurations, and then its binary and the State files away. Pods that are closed or enforced stay so.
+func (i Installation) Uninstall() error {
+	confs, err := i.confs()
+	for _, c := range confs {
+		if filepath.Ext(c) == ".conflist" {
+			_, eerr := edit(c, nil)
+			err = errors.Join(err, eerr)
+		}
+	}
+	if err != nil {
+		return err // the binary stays as long as a configuration may name it
+	}
+	if err := os.Remove(filepath.Join(i.BinDir, PluginName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(i.StateDir)
+}
+
+// Keep keeps the plugin installed until ctx ends: whoever writes the configuration anew leaves it out.
+func (i Installation) Keep(ctx context.Context, logger *slog.Logger) {
+	const every = 2 * time.Second
+	last := ""
+	for {
+		changed, err := i.Install()
+		switch {
+		case err != nil && err.Error() != last:
+			logger.Error("node: pods start without being closed first, and their sidecars wait", "cause", err)
+			last = err.Error()
+		case err == nil && changed:
+			logger.Info("node: CNI plugin installed", "binary", filepath.Join(i.BinDir, PluginName), "conf", i.ConfDir)
+			last = ""
+		}
+		select {
+		case <-time.After(every):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// confs are the CNI configurations, the first being the one that counts.
+func (i Installation) confs() (list []string, err error) {
+	entries, err := os.ReadDir(i.ConfDir) // by name
+	if err != nil {
+		return nil, fmt.Errorf("CNI configurations: %w", err)
+	}
+	for _, e := range entries {
+		if ext := filepath.Ext(e.Name()); slices.Contains([]string{".conf", ".conflist", ".json"}, ext) && !e.IsDir() {
+			list = append(list, filepath.Join(i.ConfDir, e.Name()))
+		}
+	}
+	return list, nil
+}
+
+// edit makes an entry the only one of the plugin in a configuration list, and the last; nil: there is to be none. All else stays as it is.
+func edit(path string, entry json.RawMessage) (changed bool, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return false, err
+	}
+	fail := func(err error) (bool, error) { return false, fmt.Errorf("CNI configuration %s: %w", path, err) }
+	var list map[string]json.RawMessage
+	if err := json.Unmarshal(text, &list); err != nil {
+		return fail(err)
+	}
+	var before, after []json.RawMessage
+	if err := json.Unmarshal(list["plugins"], &before); err != nil {
+		return fail(fmt.Errorf("plugins: %w", err))
+	}
+	for _, p := range before {
+		var head struct {
+			Type string `json:"type"`
+		}
+		if err := json.Unmarshal(p, &head); err != nil {
+			return fail(fmt.Errorf("plugins: %w", err))
+		}
+		if head.Type != PluginName {
+			after = append(after, p)
+		}
+	}
+	if entry != nil {
+		after = append(after, entry)
+	}
+	if slices.EqualFunc(before, after, sameJSON) {
+		return false, nil
+	}
+	if list["plugins"], err = json.Marshal(after); err != nil {
+		return fail(err)
+	}
+	text, err = json.MarshalIndent(list, "", "  ")
+	if err != nil {
+		return fail(err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return false, err
+	}
+	return true, replace(path, append(text, '\n'), info.Mode().Perm())
+}
+
+func sameJSON(a, b json.RawMessage) bool {
+	var x, y bytes.Buffer
+	return json.Compact(&x, a) == nil && json.Compact(&y, b) == nil && bytes.Equal(x.Bytes(), y.Bytes())
+}
+
+// sameContent compares two files; one that is not there is another.
+func sameContent(a, b string) (bool, error) {
+	x, err := os.Open(a)
+	if err != nil {
+		return false, err
+	}
+	defer x.Close()
+	y, err := os.Open(b)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer y.Close()
+	xi, err := x.Stat()
+	if err != nil {
+		return false, err
+	}
+	yi, err := y.Stat()
+	if err != nil || xi.Size() != yi.Size() || yi.Mode().Perm() != 0o755 {
+		return false, err
+	}
+	p, q := make([]byte, 1<<16), make([]byte, 1<<16)
+	for {
+		n, perr := io.ReadFull(x, p)
+		m, _ := io.ReadFull(y, q)
+		switch {
+		case !bytes.Equal(p[:n], q[:m]):
+			return false, nil
+		case perr != nil: // the end of both
+			return true, nil
+		}
+	}
+}

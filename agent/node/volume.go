@@ -1,0 +1,109 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/xds/names"
+)
+
+// Volume is the emptyDir volume in which the sidecar has its run directory.
+const Volume = "mantlet-run"
+
+// socketIn is the agent's socket in the volume: agent.NodeSocket of the run directory there.
+const socketIn = "agent/node.sock"
+
+// VolumePath is where the kubelet has the volume of a pod, if the pod has one. The kubelet makes volumes before it makes the pod's sandbox
+// (kubelet: SyncPod), and so before any CNI plugin runs.
+func VolumePath(kubeletRoot, uid string) string {
+	return filepath.Join(podPath(kubeletRoot, uid), "volumes", "kubernetes.io~empty-dir", Volume)
+}
+
+func podPath(kubeletRoot, uid string) string { return filepath.Join(kubeletRoot, "pods", uid) }
+
+// awaitEvery is how often an agent that is not there is looked for: the volume is mounted, and the folder in it made, at any time.
+const awaitEvery = 25 * time.Millisecond
+
+// Await connects to the agent whose run directory is in a volume, as soon as it is there.
+func Await(ctx context.Context, volume string) (net.Conn, error) {
+	tick := time.NewTicker(awaitEvery)
+	defer tick.Stop()
+	for {
+		conn, err := connect(volume)
+		switch {
+		case err == nil:
+			return conn, nil
+		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED): // not yet, or no more
+		default:
+			return nil, err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// connect connects to the agent's socket. The volume's content is the pod's: no link in it is followed, and who listens must be the
+// proxy's user, as which nothing else in the pod runs.
+func connect(volume string) (net.Conn, error) {
+	dir, err := os.Open(volume)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	fd, err := unix.Openat2(int(dir.Fd()), socketIn, &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("the agent's socket %s in %s: %w", socketIn, volume, err)
+	}
+	defer unix.Close(fd)
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return nil, err
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return nil, fmt.Errorf("%s in %s is no socket", socketIn, volume)
+	}
+	conn, err := net.Dial("unix", fmt.Sprintf("/proc/self/fd/%d", fd)) //nolint:noctx // a unix socket answers at once or not at all
+	if err != nil {
+		return nil, err
+	}
+	if err := admitProxy(conn.(*net.UnixConn)); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func admitProxy(conn *net.UnixConn) error {
+	cred, err := credentials(conn)
+	if err != nil {
+		return err
+	}
+	if cred.Uid != names.ProxyUID {
+		return fmt.Errorf("user %d listens on the agent's socket, not user %d", cred.Uid, names.ProxyUID)
+	}
+	return nil
+}
+
+// credentials are those of whoever listens at the other end of a unix socket, at the time at which he began to (SO_PEERCRED of unix(7)).
+func credentials(conn *net.UnixConn) (cred *unix.Ucred, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
+		return nil, cerr
+	}
+	return cred, err
+}
