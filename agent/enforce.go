@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/mantlet/mantlet/agent/hold"
-	"github.com/mantlet/mantlet/agent/link"
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/revoke"
 	"github.com/mantlet/mantlet/agent/verdicts"
@@ -74,12 +73,11 @@ func Enforce(ctx context.Context, dial func(context.Context) (net.Conn, error), 
 	}
 	defer conn.Close()
 	logger.Info("node: the pod's agent is there")
-	e := newEnforcer(link.New(conn), l, sockets.Destroy)
+	e := newEnforcer(conn, l, sockets.Destroy)
 	cfg := hold.Defaults()
 	cfg.Refused = e.refused
 	l.hold = newSynHold(cfg, e, verdicts.New(), logger)
 	parts, ctx := errgroup.WithContext(ctx)
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	parts.Go(func() error { return l.run(ctx) })
 	parts.Go(func() error { return e.serve(ctx) })
 	if err := parts.Wait(); !errors.Is(err, errDetached) {

@@ -21,6 +21,7 @@ import (
 
 // enforcer does what the agent of a pod asks for, and asks it about destinations.
 type enforcer struct {
+	conn    io.Closer
 	link    *link.Link
 	kernel  kernel
 	destroy func([]revoke.Socket) []error
@@ -30,8 +31,8 @@ type enforcer struct {
 	waiting  map[uint64]chan *mantletv1.NodeAnswer
 }
 
-func newEnforcer(l *link.Link, k kernel, destroy func([]revoke.Socket) []error) *enforcer {
-	return &enforcer{link: l, kernel: k, destroy: destroy, waiting: map[uint64]chan *mantletv1.NodeAnswer{}}
+func newEnforcer(conn io.ReadWriteCloser, k kernel, destroy func([]revoke.Socket) []error) *enforcer {
+	return &enforcer{conn: conn, link: link.New(conn), kernel: k, destroy: destroy, waiting: map[uint64]chan *mantletv1.NodeAnswer{}}
 }
 
 // kinds are those of requests, as kindOf has them.
@@ -41,10 +42,11 @@ var kinds = []int{1, 2, 3, 4, 5, 6}
 // agent cannot have more of the node's memory than one message of link.MaxMessage takes.
 const large = 1 << 20
 
-// serve takes the agent's requests until ctx ends (nil) or the agent is gone (errDetached) or out of order. Whoever cancels ctx closes the
-// connection.
+// serve takes the agent's requests until ctx ends (nil) or the agent is gone (errDetached) or out of order. It leaves the connection closed: no
+// agent that does not read holds it up.
 func (e *enforcer) serve(ctx context.Context) error {
 	work, ctx := errgroup.WithContext(ctx)
+	defer context.AfterFunc(ctx, func() { _ = e.conn.Close() })()
 	queues := map[int]chan *mantletv1.AgentMessage{}
 	for _, kind := range kinds {
 		q := make(chan *mantletv1.AgentMessage, 1) // the agent may have its result before the worker is back

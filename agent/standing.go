@@ -2,7 +2,6 @@ package agent
 
 import (
 	"errors"
-	"slices"
 	"sync"
 
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
@@ -30,7 +29,7 @@ func (s *standing) put(b []byte, done <-chan struct{}) error {
 	s.mu.Lock()
 	s.number++
 	mine := s.number
-	s.wanted = slices.Clone(b)
+	s.wanted = append([]byte{}, b...) // a message without fields has no bytes, and is one
 	s.change()
 	for s.settled < mine {
 		changed := s.changed

@@ -43,7 +43,8 @@ func sameFile(a, b *os.File) (bool, error) {
 // enter has the calling thread, which must be locked and not be used for anything else afterwards, enter a network namespace that is not the
 // process's own.
 func enter(netns *os.File) error {
-	own, err := os.Open("/proc/self/ns/net")
+	// Not that of the process, whose first thread may be one that has entered a pod.
+	own, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
 		return err
 	}
