@@ -25,8 +25,9 @@ type packets struct {
 
 	mu      sync.Mutex
 	news    chan struct{}    // holds one while flows are to be judged by what is in force
-	current *verdict.Packets // what is in force; nil: what an agent before this one left
-	known   bool             // that is what the control plane has said, and not the beginning
+	current *verdict.Packets // what is in force
+	known   bool             // that is what the control plane has said, and not the closed beginning
+	left    bool             // until then what is in force is what an agent before this one left
 	refused error            // why the last that came is not in force
 	changed chan struct{}
 }
@@ -50,7 +51,7 @@ func adoptPackets(logger *slog.Logger) (*packets, error) {
 	if !there {
 		return closePackets(logger)
 	}
-	return &packets{logger: logger, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+	return &packets{logger: logger, current: &verdict.Packets{}, left: true, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
 }
 
 // Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
@@ -147,7 +148,7 @@ func (p *packets) Name() string { return packet.TableName }
 func (p *packets) Check() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.current != nil {
+	if p.known || !p.left {
 		return packet.Check(p.current)
 	}
 	if there, err := packet.There(); err != nil || there {
@@ -160,9 +161,7 @@ func (p *packets) Check() error {
 func (p *packets) Repair() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.current == nil {
-		p.current = &verdict.Packets{}
-	}
+	p.left = false
 	return packet.Apply(p.current)
 }
 

@@ -33,11 +33,12 @@ func (i Installation) Install() (changed bool, err error) {
 		return false, fmt.Errorf("install the CNI plugin: %w", err)
 	}
 	if !same {
-		b, err := os.ReadFile(i.Binary)
+		binary, err := os.Open(i.Binary)
 		if err != nil {
 			return false, fmt.Errorf("install the CNI plugin: %w", err)
 		}
-		if err := replace(plugin, b, 0o755); err != nil {
+		defer binary.Close()
+		if err := replace(plugin, binary, 0o755); err != nil {
 			return false, fmt.Errorf("install the CNI plugin: %w", err)
 		}
 	}
@@ -156,7 +157,7 @@ func edit(path string, entry json.RawMessage) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	return true, replace(path, append(text, '\n'), info.Mode().Perm())
+	return true, replace(path, bytes.NewReader(append(text, '\n')), info.Mode().Perm())
 }
 
 func sameJSON(a, b json.RawMessage) bool {

@@ -1,9 +1,11 @@
 package node
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -52,7 +54,7 @@ func (s State) write(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("state folder: %w", err)
 	}
-	return replace(statePath(dir, s.ContainerID), b, 0o600)
+	return replace(statePath(dir, s.ContainerID), bytes.NewReader(b), 0o600)
 }
 
 func readState(path string) (s State, err error) {
@@ -105,7 +107,7 @@ func removeState(dir, id string) error {
 }
 
 // replace puts a file in place, all of it at once.
-func replace(path string, b []byte, mode fs.FileMode) (err error) {
+func replace(path string, content io.Reader, mode fs.FileMode) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), ".mantlet-*")
 	if err != nil {
 		return err
@@ -115,7 +117,7 @@ func replace(path string, b []byte, mode fs.FileMode) (err error) {
 			_ = os.Remove(f.Name())
 		}
 	}()
-	_, werr := f.Write(b)
+	_, werr := io.Copy(f, content)
 	if err := errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err
 	}
