@@ -27,21 +27,39 @@ type Installation struct {
 // Install puts the plugin's binary in place, and then the plugin at the end of the node's CNI configuration: the first of the folder, which is that
 // which container runtimes take. What is as it should be is not touched. It reports whether anything was changed.
 func (i Installation) Install() (changed bool, err error) {
-	plugin := filepath.Join(i.BinDir, PluginName)
+	placed, err := i.place()
+	if err != nil {
+		return false, err
+	}
+	listed, err := i.list()
+	return placed || listed, err
+}
+
+func (i Installation) plugin() string { return filepath.Join(i.BinDir, PluginName) }
+
+// place puts the binary in place.
+func (i Installation) place() (changed bool, err error) {
+	plugin := i.plugin()
 	same, err := sameContent(i.Binary, plugin)
 	if err != nil {
 		return false, fmt.Errorf("install the CNI plugin: %w", err)
 	}
-	if !same {
-		binary, err := os.Open(i.Binary)
-		if err != nil {
-			return false, fmt.Errorf("install the CNI plugin: %w", err)
-		}
-		defer binary.Close()
-		if err := replace(plugin, binary, 0o755); err != nil {
-			return false, fmt.Errorf("install the CNI plugin: %w", err)
-		}
+	if same {
+		return false, nil
 	}
+	binary, err := os.Open(i.Binary)
+	if err != nil {
+		return false, fmt.Errorf("install the CNI plugin: %w", err)
+	}
+	defer binary.Close()
+	if err := replace(plugin, binary, 0o755); err != nil {
+		return false, fmt.Errorf("install the CNI plugin: %w", err)
+	}
+	return true, nil
+}
+
+// list puts the plugin into the CNI configuration.
+func (i Installation) list() (changed bool, err error) {
 	confs, err := i.confs()
 	if err != nil {
 		return false, err
@@ -56,8 +74,7 @@ func (i Installation) Install() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	edited, err := edit(confs[0], entry)
-	return !same || edited, err
+	return edit(confs[0], entry)
 }
 
 // Uninstall takes the plugin out of all CNI configurations, and then its binary and the State files away. Pods that are closed or enforced stay so.
@@ -72,7 +89,7 @@ func (i Installation) Uninstall() error {
 	if err != nil {
 		return err // the binary stays as long as a configuration may name it
 	}
-	if err := os.Remove(filepath.Join(i.BinDir, PluginName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(i.plugin()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return os.RemoveAll(i.StateDir)
@@ -82,14 +99,25 @@ func (i Installation) Uninstall() error {
 func (i Installation) Keep(ctx context.Context, logger *slog.Logger) {
 	const every = 2 * time.Second
 	last := ""
+	var seen os.FileInfo // the binary, when it was as it should be
 	for {
-		changed, err := i.Install()
+		now, err := os.Stat(i.plugin())
+		there := err == nil && seen != nil && os.SameFile(now, seen) && now.Size() == seen.Size() && now.ModTime().Equal(seen.ModTime()) && now.Mode() == seen.Mode()
+		var placed, listed bool
+		if err = nil; !there { // it is large: compared once
+			placed, err = i.place()
+		}
+		if err == nil {
+			seen, _ = os.Stat(i.plugin())
+			listed, err = i.list()
+		}
+		changed := placed || listed
 		switch {
 		case err != nil && err.Error() != last:
 			logger.Error("node: pods start without being closed first, and their sidecars wait", "cause", err)
 			last = err.Error()
 		case err == nil && changed:
-			logger.Info("node: CNI plugin installed", "binary", filepath.Join(i.BinDir, PluginName), "conf", i.ConfDir)
+			logger.Info("node: CNI plugin installed", "binary", i.plugin(), "conf", i.ConfDir)
 			last = ""
 		}
 		select {

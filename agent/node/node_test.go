@@ -1,15 +1,18 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 )
@@ -112,6 +115,43 @@ func TestInstall(t *testing.T) {
 	if _, err := i.Install(); err == nil || !strings.Contains(err.Error(), single) {
 		t.Errorf("a configuration that is no list: %v", err)
 	}
+}
+
+// What somebody takes away is put back.
+func TestKeep(t *testing.T) {
+	dir := t.TempDir()
+	i := Installation{BinDir: dir, ConfDir: filepath.Join(dir, "net.d"), Binary: write(t, filepath.Join(dir, "mantlet-agent"), "binary"), StateDir: "/s", KubeletRoot: "/k"}
+	conf := write(t, filepath.Join(i.ConfDir, "10-pods.conflist"), conflist)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		i.Keep(ctx, slog.New(slog.DiscardHandler))
+	}()
+	await := func(what string) {
+		t.Helper()
+		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) { // files tell of no event
+			b, _ := os.ReadFile(conf)
+			plugin, _ := os.ReadFile(i.plugin())
+			if strings.Contains(string(b), PluginName) && string(plugin) == "binary" {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: not installed: %s", what, b)
+			}
+		}
+	}
+	await("at first")
+	if err := os.Remove(i.plugin()); err != nil {
+		t.Fatal(err)
+	}
+	await("without its binary")
+	write(t, conf, conflist)
+	await("with a configuration written anew")
+	write(t, i.plugin(), "tampered")
+	await("with another binary")
+	cancel()
+	<-ended
 }
 
 // What the container runtime says decides, and what is missing is no leave.
