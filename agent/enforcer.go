@@ -67,7 +67,7 @@ func (e *enforcer) serve(ctx context.Context) error {
 	work.Go(func() error {
 		err := e.receive(queues)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the connection was closed here
 		}
 		return err
 	})
@@ -176,13 +176,11 @@ func (e *enforcer) reset(list *mantletv1.NodeSockets, r *mantletv1.NodeResult) e
 	}
 	r.Sockets = make([]uint32, len(sockets))
 	for i, err := range e.destroy(sockets) {
-		errno := unix.EIO
-		switch {
-		case err == nil:
-			errno = 0
-		default:
-			_ = errors.As(err, &errno)
+		if err == nil {
+			continue
 		}
+		errno := unix.EIO
+		_ = errors.As(err, &errno)
 		r.Sockets[i] = uint32(errno)
 	}
 	return nil

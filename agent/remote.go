@@ -53,8 +53,8 @@ func newRemote(l net.Listener, asker destinations, v *verdicts.Holder, refused f
 	}
 }
 
-// noDaemon is what is missing while no daemon is attached.
-var noDaemon = errors.New("waiting for the node's daemon (mantlet-agent node), which has not come to this pod")
+// errNoDaemon is what is missing while no daemon is attached.
+var errNoDaemon = errors.New("waiting for the node's daemon (mantlet-agent node), which has not come to this pod")
 
 // run admits the daemon, again each time it comes, until ctx ends.
 func (r *remote) run(ctx context.Context) error {
@@ -162,7 +162,7 @@ func (r *remote) flip(answers map[netip.AddrPort]relay.Verdict) {
 func (r *remote) Check() error {
 	s := r.current()
 	if s == nil {
-		return noDaemon
+		return errNoDaemon
 	}
 	_, err := s.ask(&mantletv1.AgentMessage{What: &mantletv1.AgentMessage_Check{Check: &mantletv1.NodeCheck{}}})
 	return err
@@ -175,7 +175,7 @@ func (r *remote) destroy(list []revoke.Socket) []error {
 		sockets.Sockets = append(sockets.Sockets, &mantletv1.NodeSocket{Local: link.Endpoint(k.Local), Remote: link.Endpoint(k.Remote), Cookie: k.Cookie[:]})
 	}
 	errs := make([]error, len(list))
-	result, err := (*mantletv1.NodeResult)(nil), noDaemon
+	result, err := (*mantletv1.NodeResult)(nil), errNoDaemon
 	if s := r.current(); s != nil {
 		result, err = s.ask(&mantletv1.AgentMessage{What: &mantletv1.AgentMessage_Destroy{Destroy: sockets}})
 	}

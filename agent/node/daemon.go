@@ -60,7 +60,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("watch the state folder: %w", err)
 	}
-	defer watcher.Close()
+	defer func() { _ = watcher.Close() }()
 	if err := watcher.Add(cfg.StateDir); err != nil {
 		return fmt.Errorf("watch the state folder %s: %w", cfg.StateDir, err)
 	}

@@ -130,7 +130,7 @@ func TestKeep(t *testing.T) {
 	}()
 	await := func(what string) {
 		t.Helper()
-		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) { // files tell of no event
+		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) { //nolint:forbidigo // files tell of no event
 			b, _ := os.ReadFile(conf)
 			plugin, _ := os.ReadFile(i.plugin())
 			if strings.Contains(string(b), PluginName) && string(plugin) == "binary" {
