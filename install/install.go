@@ -27,7 +27,7 @@ var chart embed.FS
 
 // files are the chart's templates in the order in which they are to be applied: the webhooks, which have the API server wait for the
 // control plane, come last.
-var files = []string{"namespace.yaml", "rbac.yaml", "networkpolicies.yaml", "controlplane.yaml", "webhooks.yaml"}
+var files = []string{"namespace.yaml", "rbac.yaml", "networkpolicies.yaml", "controlplane.yaml", "node.yaml", "webhooks.yaml"}
 
 // Values are the values of the chart, for those who check them; values.yaml says what they mean.
 type Values struct {
@@ -46,6 +46,15 @@ type Values struct {
 	NodeAddresses    []string          `json:"nodeAddresses"`
 	Sidecar          settings.Sidecar  `json:"sidecar"`
 	ControlPlane     ControlPlane      `json:"controlPlane"`
+	Node             Node              `json:"node"`
+}
+
+// Node is Values.node, of the daemon that there is where capture is node.
+type Node struct {
+	KubeletRoot string                      `json:"kubeletRoot"`
+	CNIBinDir   string                      `json:"cniBinDir"`
+	CNIConfDir  string                      `json:"cniConfDir"`
+	Resources   corev1.ResourceRequirements `json:"resources"`
 }
 
 // ControlPlane is Values.controlPlane.

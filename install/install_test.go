@@ -184,7 +184,7 @@ func TestRefused(t *testing.T) {
 		"wrong case":     {Options{Set: []string{image, "trustdomain=x"}}, `unknown field "trustdomain"`},
 		"wrong type":     {Options{Set: []string{image, "controlPlane.replicas=many"}}, "replicas"},
 		"no replicas":    {Options{Set: []string{image, "controlPlane.replicas=0"}}, "at least 1"},
-		"node capture":   {Options{Set: []string{image, "capture=node"}}, "only sidecar"},
+		"capture":        {Options{Set: []string{image, "capture=cni"}}, "capture"},
 		"trust domain":   {Options{Set: []string{image, "trustDomain=A B"}}, "trustDomain"},
 		"no assignment":  {Options{Set: []string{"image"}}, "key=value"},
 		"not YAML":       {Options{Values: [][]byte{[]byte("a: [")}}, "values file 1"},
@@ -195,6 +195,28 @@ func TestRefused(t *testing.T) {
 	} {
 		if _, err := Render(c.o); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want %q in it", name, err, c.want)
+		}
+	}
+}
+
+// The daemon is there where it has work, in a namespace that lets it.
+func TestNodeCapture(t *testing.T) {
+	for capture, want := range map[string]int{"sidecar": 0, "node": 1} {
+		list, err := Render(Options{Set: []string{image, "capture=" + capture}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		daemons := 0
+		for _, m := range list {
+			if m.Kind == "DaemonSet" {
+				daemons++
+			}
+			if m.Kind == "Namespace" && strings.Contains(string(m.Text), "enforce: privileged") != (want == 1) {
+				t.Errorf("capture %s: the namespace is\n%s", capture, m.Text)
+			}
+		}
+		if daemons != want {
+			t.Errorf("capture %s: %d DaemonSets, want %d", capture, daemons, want)
 		}
 	}
 }
