@@ -30,9 +30,9 @@ import (
 // controlPlaneFlags are the flags of control-plane as they are written.
 type controlPlaneFlags struct {
 	kubeconfig, config, trustDomain, secret, mtls, resumption string
-	podNetwork, serviceNetwork, nodeAddrs             []string
-	verbose                                           bool
-	cfg                                               replica.Config
+	podNetwork, serviceNetwork, nodeAddrs                     []string
+	verbose                                                   bool
+	cfg                                                       replica.Config
 }
 
 func newControlPlane() *cobra.Command {
