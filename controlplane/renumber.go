@@ -32,6 +32,7 @@ func (cp *ControlPlane) Renumber(pods, services []netip.Prefix, o *policy.Object
 	clear(cp.rendered)
 	clear(cp.packets)
 	clear(cp.nodes)
+	clear(cp.outbound) // which holds the ranges too
 	if !cp.loaded {
 		return err
 	}
