@@ -171,7 +171,7 @@ const (
 	slackFiles      = 8
 	slackHeap       = 16 << 10 // KiB
 	slackAgent      = 8 << 10
-	slackRace       = 32 << 10
+	slackRace       = 64 << 10
 	slackEnvoy      = 12 << 10
 	slackSockets    = 6
 )
