@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -223,4 +224,77 @@ func TestPacketsThatTheKernelRefuses(t *testing.T) {
 	if err := p.Apply(b); err != nil || p.Missing() != "" {
 		t.Errorf("the kernel takes it: %v, missing %q", err, p.Missing())
 	}
+}
+
+// A flow that policy does not allow any more is ended after the ACK, and one that it still allows goes on.
+func TestPacketsRevoke(t *testing.T) {
+	outside := podtest.Connect(t)
+	log := newLines()
+	p, err := closePackets(slog.New(slog.NewTextHandler(log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cleanRedirect(t) })
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- p.run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	policy := func(ports ...uint16) {
+		t.Helper()
+		block := verdict.PacketBlock{Protocol: verdict.UDP, Peers: []verdict.PacketPrefix{{Prefix: netip.PrefixFrom(podtest.OutsideIPv4, 32), Allow: true}}}
+		for _, port := range ports {
+			block.Ports = append(block.Ports, verdict.PortRange{First: port, Last: port})
+		}
+		b, err := wire.MarshalPackets(&verdict.Packets{Ingress: []verdict.PacketBlock{}, Egress: []verdict.PacketBlock{block}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Apply(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Both flows have replies, so that conntrack would let them go on.
+	flow := func(port int) (app, server net.PacketConn) {
+		app = udpSocket(t, nil, ":0")
+		server = udpSocket(t, outside, fmt.Sprintf("%s:%d", podtest.OutsideIPv4, port))
+		buf := make([]byte, 16)
+		_ = server.SetReadDeadline(time.Now().Add(patience))
+		_ = app.SetReadDeadline(time.Now().Add(patience))
+		if _, err := app.WriteTo([]byte("x"), server.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		_, from, err := server.ReadFrom(buf)
+		if err == nil {
+			_, err = server.WriteTo([]byte("y"), from)
+		}
+		if err == nil {
+			_, _, err = app.ReadFrom(buf)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return app, server
+	}
+	policy(7001, 7003)
+	stays, staysServer := flow(7001)
+	goes, goesServer := flow(7003)
+	policy(7001)
+	for deadline := time.Now().Add(patience); ; {
+		_, err := goes.WriteTo([]byte("x"), goesServer.LocalAddr())
+		if errors.Is(err, syscall.EPERM) {
+			break
+		}
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("a flow that is not allowed any more: %v", err)
+		}
+	}
+	if _, err := stays.WriteTo([]byte("x"), staysServer.LocalAddr()); err != nil {
+		t.Errorf("a flow that is still allowed: %v", err)
+	}
+	log.await(t, "one flow ended", func(s string) bool { return strings.Contains(s, "ended flows") && strings.Contains(s, "flows=1") })
 }

@@ -21,7 +21,7 @@ import (
 // forgotten.
 //
 // The kernel walks all buckets of its one table for each reading, whoever's flows they hold: 10 ms of CPU with 262,144 of them. So both
-// families are read at once, and again only where something is to be forgotten. policy is asked for the policy in force each time.
+// families are read at once, and a family once more only where it has something to be forgotten. policy is asked for the policy in force each time.
 func Revoke(policy func() *verdict.Packets) (int, error) {
 	local, err := localAddresses()
 	if err != nil {
@@ -32,17 +32,16 @@ func Revoke(policy func() *verdict.Packets) (int, error) {
 		return 0, fmt.Errorf("packets: open conntrack: %w", err)
 	}
 	defer h.Close()
-	var flows []*netlink.ConntrackFlow
-	err = read("read flows", func() (err error) {
-		flows, err = h.ConntrackTableList(netlink.ConntrackTable, unix.AF_UNSPEC)
+	in := offenders{judge: newJudge(policy(), local), families: map[netlink.InetFamily]bool{}}
+	err = read("read flows", func() error {
+		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_UNSPEC, in)
 		return err
 	})
-	j := newJudge(policy(), local)
-	if err != nil || !slices.ContainsFunc(flows, j.MatchConntrackFlow) {
+	if err != nil {
 		return 0, err
 	}
 	n := 0
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} { // the kernel is told of a flow in its own family
+	for family := range in.families { // the kernel is told of a flow in its own family
 		err := read("forget flows that are not allowed", func() error {
 			forgotten, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, newJudge(policy(), local))
 			n += int(forgotten)
@@ -80,6 +79,21 @@ func localAddresses() (map[netip.Addr]bool, error) {
 		}
 	}
 	return out, nil
+}
+
+// offenders notes the families of flows that are not allowed, and matches none. A list of all flows would be several times as large as the
+// kernel's answer.
+type offenders struct {
+	judge    *judge
+	families map[netlink.InetFamily]bool
+}
+
+// MatchConntrackFlow implements netlink.CustomConntrackFilter.
+func (o offenders) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	if o.judge.MatchConntrackFlow(f) {
+		o.families[netlink.InetFamily(f.FamilyType)] = true
+	}
+	return false
 }
 
 // judge decides on flows. It is a netlink.CustomConntrackFilter that matches those which are not allowed.
