@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+
+	"github.com/mantlet/mantlet/agent/link"
 )
 
 // peer is the one process that may use the agent's socket.
@@ -36,7 +38,7 @@ func (p *peer) get() (pid int, changed <-chan struct{}) {
 
 // admit fails unless the process at the other end of a unix socket connected as this one.
 func (p *peer) admit(conn net.Conn) error {
-	cred, err := credentials(conn)
+	cred, err := link.Credentials(conn.(*net.UnixConn))
 	if err != nil {
 		return err
 	}

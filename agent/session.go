@@ -11,8 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/link"
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
@@ -167,7 +165,7 @@ func kindOf(m *mantletv1.AgentMessage) int {
 
 // admitRoot fails unless root of the machine is at the other end of a unix socket. In a user namespace that is who is not mapped there.
 func admitRoot(conn net.Conn) error {
-	cred, err := credentials(conn)
+	cred, err := link.Credentials(conn.(*net.UnixConn))
 	if err != nil {
 		return err
 	}
@@ -186,16 +184,4 @@ func overflowUID() uint32 {
 		}
 	}
 	return 65534
-}
-
-// credentials are those of the process at the other end of a unix socket (SO_PEERCRED of unix(7)).
-func credentials(conn net.Conn) (cred *unix.Ucred, err error) {
-	raw, err := conn.(*net.UnixConn).SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
-		return nil, cerr
-	}
-	return cred, err
 }

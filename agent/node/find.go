@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/agent/link"
 )
 
 // findByAgent finds the network namespace of a pod whose agent listens in its volume: the agent's own. The kernel says which process listens; that
@@ -23,7 +25,7 @@ func findByAgent(uid, volume string) (pod, error) {
 		return pod{}, err
 	}
 	defer conn.Close()
-	cred, err := credentials(conn.(*net.UnixConn))
+	cred, err := link.Credentials(conn.(*net.UnixConn))
 	if err != nil {
 		return pod{}, err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/link"
 	"github.com/mantlet/mantlet/xds/names"
 )
 
@@ -86,7 +87,7 @@ func connect(volume string) (net.Conn, error) {
 }
 
 func admitProxy(conn *net.UnixConn) error {
-	cred, err := credentials(conn)
+	cred, err := link.Credentials(conn)
 	if err != nil {
 		return err
 	}
@@ -94,16 +95,4 @@ func admitProxy(conn *net.UnixConn) error {
 		return fmt.Errorf("user %d listens on the agent's socket, not user %d", cred.Uid, names.ProxyUID)
 	}
 	return nil
-}
-
-// credentials are those of whoever listens at the other end of a unix socket, at the time at which he began to (SO_PEERCRED of unix(7)).
-func credentials(conn *net.UnixConn) (cred *unix.Ucred, err error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	if cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
-		return nil, cerr
-	}
-	return cred, err
 }
