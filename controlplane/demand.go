@@ -101,8 +101,7 @@ type demand struct {
 	made    map[string]map[string]*server.Resource // name → endpoints → the cluster with these, for all who may reach the same
 }
 
-// maxMade bounds the clusters that are kept of one name: there is one for each set of endpoints that some client may reach, and old ones go
-// with all others.
+// maxMade bounds the clusters that are kept of one name since the last change: there is one for each set of endpoints that some client may reach.
 const maxMade = 64
 
 func newDemand() demand {
@@ -139,6 +138,7 @@ func nodePortKey(port uint16) string { return fmt.Sprint("node port ", port) }
 
 func (d *demand) note(name string, keys []string) {
 	d.unlink(name)
+	delete(d.made, name) // what it was before nobody is sent again
 	d.depends[name] = keys
 	for _, k := range keys {
 		if d.names[k] == nil {
