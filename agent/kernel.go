@@ -10,6 +10,7 @@ import (
 
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/verdict/wire"
 )
 
 // kernel does what takes privileges in the pod's network namespace: redirect, SYN hold, packet policy. *local does it itself, *remote has the
@@ -36,13 +37,25 @@ type local struct {
 	logger   *slog.Logger
 }
 
-func (l *local) applyNetwork(b []byte) error                   { return l.hold.applyNetwork(b) }
 func (l *local) applyVerdicts(b []byte) error                  { return l.hold.applyVerdicts(b) }
 func (l *local) applyPackets(b []byte) error                   { return l.packets.Apply(b) }
 func (l *local) flip(answers map[netip.AddrPort]relay.Verdict) { l.hold.flip(answers) }
 func (l *local) Missing() string                               { return l.packets.Missing() }
 func (l *local) Changed() <-chan struct{}                      { return l.packets.Changed() }
 func (l *local) Check() error                                  { return errors.Join(l.redirect.Check(), l.hold.Check()) }
+
+// applyNetwork takes over a mantlet.v1.Network, for all who decide by it: first the redirect, so that the kernel has the node's addresses before
+// the control plane hears that they are in force.
+func (l *local) applyNetwork(b []byte) error {
+	n, err := wire.UnmarshalNetwork(b)
+	if err != nil {
+		return err
+	}
+	if err := l.redirect.SetNode(n.Node); err != nil {
+		return err
+	}
+	return l.hold.applyNetwork(b)
+}
 
 func (l *local) run(ctx context.Context) error {
 	parts, ctx := errgroup.WithContext(ctx)

@@ -4,8 +4,8 @@
 //	              │                                             │
 //	     prerouting (nat, -100)                         output (nat, -100)
 //	lo: as it is ─┤                        Envoy, by its user ─┤
-//	              │                        the agent, by mark ─┤ as it is
-//	              │                        lo (the pod itself) ─┤
+//	own node: as  │                        the agent, by mark ─┤ as it is
+//	  it is      ─┤                        lo (the pod itself) ─┤
 //	         every TCP                                     every TCP
 //	  redirect to names.InboundPort             redirect to names.OutboundPort
 //
@@ -26,7 +26,25 @@
 // A connection that was reset is forgotten at once: the kernel would let the next one with the same addresses and ports take its way, and
 // the app and Envoy draw their ports from the same range (timeout.go).
 //
-// What is exempt is so by what an app cannot have: the proxy's user, or a mark that takes CAP_NET_ADMIN or CAP_NET_RAW to set.
+// What else is exempt is so by what an app cannot have: the proxy's user, or a mark that takes CAP_NET_ADMIN or CAP_NET_RAW to set.
+//
+// # The own node
+//
+// The own node always reaches its pods. What comes from its addresses is left as it is, once they are known (Redirect.SetNode): kubelet's TCP
+// probe of a closed port fails as it does without a sidecar, where Envoy would accept first, and a pod whose Envoy is away is not restarted
+// for that. What that trusts is what Envoy's own chain for the node trusts:
+//
+//   - A source address. Whoever gets answers sent to the node's address, a neighbour on the same bridge with CAP_NET_RAW who poses as the
+//     gateway, was admitted before and is now. Who only sends gets a half-open connection, in the app's queue now instead of Envoy's.
+//   - What a service proxy sends on from the node with the node's own address (node ports, externalTrafficPolicy Cluster) is admitted like the node.
+//     Clients with a sidecar do not come that way.
+//   - Entries begun from outside let answers pass, and an app can send "answers" of its own. To the node it may send anything but what goes to
+//     node ports, so segments that come from such a port are redirected like everybody's.
+//   - An address that is the node's no more is captured from then on, and connections that it has open are cut. The app's end notices when
+//     it sends something.
+//
+// It costs: the node's connections make no flow records, and mTLS that arrives with the node's address, from a sidecar whose packets something
+// translates on the way, reaches the app as it is. No sidecar's on-demand clusters lead through a service proxy.
 //
 // Not enforced yet: UDP and SCTP. This table lets them pass.
 package netfilter

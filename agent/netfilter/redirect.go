@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/google/nftables"
 
@@ -20,6 +22,8 @@ type Config struct {
 	Mark uint32
 	// UIDs exempt the connections of these users. Users are those of the user namespace that owns the network namespace.
 	UIDs []uint32
+	// Node are addresses of the pod's own node, from which TCP is not redirected; see SetNode.
+	Node []netip.Addr
 	// Marked are users whose packets get Mark, so that whoever exempts the mark exempts them: for agents that may not set it.
 	Marked []uint32
 }
@@ -45,8 +49,11 @@ func ByMark() Config {
 
 // Redirect is the table of one pod. Its methods work in the network namespace of the calling thread.
 type Redirect struct {
-	cfg    Config
 	logger *slog.Logger
+
+	mu     sync.Mutex // held while the table is written or read
+	cfg    Config
+	judged bool // nothing passes that was let through before cfg.Node
 }
 
 // New returns the Redirect of a configuration; the kernel is not asked yet. It fails for a configuration that redirects nowhere
@@ -60,12 +67,18 @@ func New(cfg Config, logger *slog.Logger) (*Redirect, error) {
 	case cfg.Mark == 0:
 		return nil, errors.New("redirect: mark 0 is the mark of every ordinary socket; choose another")
 	}
-	cfg.UIDs, cfg.Marked = slices.Clone(cfg.UIDs), slices.Clone(cfg.Marked)
+	cfg.UIDs, cfg.Marked, cfg.Node = slices.Clone(cfg.UIDs), slices.Clone(cfg.Marked), slices.Clone(cfg.Node)
 	return &Redirect{cfg: cfg, logger: logger}, nil
 }
 
 // Apply writes the table, in one transaction, whether or not there is one already.
 func (r *Redirect) Apply() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.write()
+}
+
+func (r *Redirect) write() error {
 	conn, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("redirect: open nftables: %w", err)
@@ -106,6 +119,8 @@ func (r *Redirect) Name() string { return tableName }
 // Check reads the table back and fails where it is not what Apply writes: a chain or a rule is missing, changed, added or in
 // another place.
 func (r *Redirect) Check() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if err := (Layout{Table: tableName, Chains: r.cfg.chains()}).Check(); err != nil {
 		return fmt.Errorf("redirect: %w", err)
 	}

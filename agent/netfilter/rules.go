@@ -23,6 +23,7 @@ func table() *nftables.Table {
 //	}
 //	chain prerouting { type nat hook prerouting priority -100; policy accept;
 //		iifname "lo" return
+//		ip saddr 192.0.2.10 tcp sport != 30000-32767 tcp dport != 15006 tcp dport != 15001 return   # each address of the own node
 //		meta l4proto tcp redirect to :15006
 //	}
 //	chain output { type nat hook output priority -100; policy accept;
@@ -41,13 +42,14 @@ func (c Config) chains() []Chain {
 	for _, uid := range c.Marked {
 		remember = append(remember, markIf(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uid), c.Mark))
 	}
+	// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
+	direct := [][]expr.Any{returnIf(expr.MetaKeyIIFNAME, interfaceName("lo"))}
+	for _, a := range c.Node {
+		direct = append(direct, passOwnNode(a))
+	}
 	return []Chain{
 		{rememberChain(), append(remember, forgetReset())},
-		{natChain("prerouting", nftables.ChainHookPrerouting), [][]expr.Any{
-			// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
-			returnIf(expr.MetaKeyIIFNAME, interfaceName("lo")),
-			redirectTCP(c.InboundPort),
-		}},
+		{natChain("prerouting", nftables.ChainHookPrerouting), append(direct, redirectTCP(c.InboundPort))},
 		{natChain("output", nftables.ChainHookOutput), append(exempt,
 			returnIf(expr.MetaKeyOIFNAME, interfaceName("lo")),
 			redirectTCP(c.OutboundPort),
