@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
@@ -65,6 +66,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 	flags.StringVar(&f.trustDomain, "trust-domain", "mantlet.local", "SPIFFE trust domain")
 	flags.StringVar(&f.cfg.Listen, "listen", fmt.Sprint(":", names.ServicePort), "where agents come, as host:port")
 	flags.StringVar(&f.cfg.Health, "health", ":15014", "where /healthz, /readyz and /metrics are, as host:port")
+	flags.StringVar(&f.cfg.Status, "status", fmt.Sprint("127.0.0.1:", names.StatusPort), "where mantlet status comes, as address:port of loopback; empty: nowhere")
 	flags.StringVar(&f.secret, "ca-secret", names.SystemNamespace+"/"+names.CASecret, "namespace/name of the Secret with the root; it is made if it is not there")
 	flags.StringSliceVar(&f.podNetwork, "pod-network", nil, "ranges of pod addresses beside the nodes' podCIDRs; best the whole cluster's, or each new node has all policy compiled anew")
 	flags.StringSliceVar(&f.serviceNetwork, "service-network", nil, "ranges of Service addresses; without it those of the cluster's ServiceCIDRs (Kubernetes 1.33)")
@@ -113,6 +115,10 @@ func (f *controlPlaneFlags) read() (err error) {
 		return fmt.Errorf("--ca-secret %q: not of the form namespace/name\n  hint: for example %s/%s", f.secret, names.SystemNamespace, names.CASecret)
 	}
 	c.Secret = types.NamespacedName{Namespace: namespace, Name: name}
+	c.Exempt = []string{metav1.NamespaceSystem, namespace}
+	if c.Settings != nil {
+		c.Exempt = append(c.Exempt, c.Settings.SystemNamespaces...)
+	}
 	if c.Networks.Pods, err = prefixes("pod-network", f.podNetwork); err != nil {
 		return err
 	}
@@ -134,6 +140,9 @@ func (f *controlPlaneFlags) read() (err error) {
 	}
 	if c.TTL < time.Minute {
 		return fmt.Errorf("--svid-ttl %s: less than a minute\n  hint: certificates are renewed at half of it", c.TTL)
+	}
+	if c.Name, err = os.Hostname(); err != nil { // a pod's name, in a pod
+		return err
 	}
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	rules.ExplicitPath = f.kubeconfig

@@ -1,4 +1,4 @@
-// Command mantlet enforces Kubernetes NetworkPolicy on authenticated identity: `control-plane` does so in a cluster; `simulate` asks the evaluator, `sandbox` runs real
+// Command mantlet enforces Kubernetes NetworkPolicy on authenticated identity: `control-plane` does so in a cluster, and `status` shows where; `simulate` asks the evaluator, `sandbox` runs real
 // Envoys and real packets on this machine.
 package main
 
@@ -32,7 +32,7 @@ func main() {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newSimulate(), newSandbox(), newInject(), newInstall(), newUninstall(), newControlPlane(), &cobra.Command{
+	root.AddCommand(newSimulate(), newSandbox(), newInject(), newInstall(), newUninstall(), newControlPlane(), newStatus(), &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version) },
 	})

@@ -14,6 +14,7 @@ import (
 
 // netpol is a parsed NetworkPolicy.
 type netpol struct {
+	Held             // but for Pods and Problems
 	key       string // "namespace/name"
 	namespace string
 	pods      *selector
@@ -63,6 +64,7 @@ var ruleOf = regexp.MustCompile(`^spec\.((?:ingress|egress)\[\d+\])`)
 // whole namespace, a broken rule admits nothing.
 func parsePolicy(np *networkingv1.NetworkPolicy) *netpol {
 	p := &netpol{key: np.Namespace + "/" + np.Name, namespace: np.Namespace}
+	p.Held = Held{Name: p.key, UID: string(np.UID), Generation: np.Generation, Created: np.CreationTimestamp.Time}
 	broken := map[string]bool{} // "ingress[0]"
 	for _, e := range Validate(np) {
 		p.problems = append(p.problems, e.Error())

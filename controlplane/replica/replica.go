@@ -46,8 +46,11 @@ import (
 type Config struct {
 	API         *rest.Config
 	TrustDomain spiffeid.TrustDomain
-	Listen      string // where agents come, "host:port"
-	Health      string // where probes and Prometheus come, "host:port"
+	Listen      string   // where agents come, "host:port"
+	Health      string   // where probes and Prometheus come, "host:port"
+	Status      string   // where `mantlet status` comes, "host:port" with an address of loopback; empty: nowhere
+	Name        string   // of the replica, in its reports
+	Exempt      []string // namespaces whose pods get no sidecars, in its reports
 	Secret      types.NamespacedName
 
 	Networks  kube.Networks // beside what nodes and ServiceCIDRs say; see kube.Config
@@ -80,12 +83,22 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("health port: %w", err)
 	}
+	var reports net.Listener
+	if cfg.Status != "" {
+		if reports, err = listenStatus(ctx, cfg.Status); err != nil {
+			_ = probes.Close()
+			return err
+		}
+	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	r := &replica{cfg: cfg, clients: clients, registry: registry, health: probes.Addr()}
 
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { return r.serveHealth(ctx, probes) })
+	if reports != nil {
+		parts.Go(func() error { return r.serveStatus(ctx, reports) })
+	}
 	parts.Go(func() error {
 		secret := authority.Secret{Client: clients.watch, Name: cfg.Secret, Log: cfg.Log}
 		root, err := r.open(ctx, secret)
@@ -129,6 +142,7 @@ type replica struct {
 	clients  clients
 	registry *prometheus.Registry
 	health   net.Addr
+	plane    atomic.Pointer[controlplane.ControlPlane]
 	serving  atomic.Bool
 }
 
@@ -194,6 +208,7 @@ func (r *replica) run(ctx context.Context, root *ca.CA) error {
 			return <-served
 		})
 		r.registry.MustRegister(metrics.Ledger(cp.Server().Ledger()))
+		r.plane.Store(cp)
 		r.serving.Store(true)
 		r.cfg.Log.Info("agents are served", "address", l.Addr().String())
 		if r.cfg.Listening != nil {

@@ -64,6 +64,8 @@ const (
 	ServicePort = 15012
 	// HealthPort has the control plane's probes and metrics.
 	HealthPort = 15014
+	// StatusPort has the control plane's reports, on loopback only.
+	StatusPort = 15015
 	// WebhookPort is where the API server reaches the webhooks, behind port 443 of Service.
 	WebhookPort = 15017
 	// WebhookConfiguration names the MutatingWebhookConfiguration and the ValidatingWebhookConfiguration.

@@ -34,7 +34,9 @@ func slim(obj any) (any, error) {
 		return o, nil
 	case *networkingv1.NetworkPolicy:
 		mode, has := o.Annotations[policy.PolicyModeAnnotation]
+		generation := o.Generation
 		o.ObjectMeta = slimMeta(&o.ObjectMeta)
+		o.Generation = generation
 		if has {
 			o.Annotations = map[string]string{policy.PolicyModeAnnotation: mode}
 		}

@@ -1,0 +1,142 @@
+package status
+
+import (
+	"slices"
+	"strings"
+	"time"
+)
+
+// State is how far a pod is, or a policy, or all of them.
+type State string
+
+// The states.
+const (
+	InForce       State = "in force"
+	NotEverywhere State = "not everywhere" // of a policy, or of all: in force in some pods only, or in none
+	Waiting       State = "waiting"        // its sidecar has not confirmed everything yet
+	Refused       State = "refused"        // its sidecar NACKed something; what it had before stays in force there
+	NotConnected  State = "not connected"  // to none of the replicas; it enforces what it was told last
+	NoSidecar     State = "no sidecar"
+	Exempt        State = "exempt"  // it has no sidecar, and is in a namespace whose pods get none: somebody else has to enforce what it says there
+	Unknown       State = "unknown" // connected to none of the replicas that answered, and some did not
+)
+
+// Status is the whole. Lists are sorted by name.
+type Status struct {
+	State      State             `json:"state"` // in force, not everywhere, or unknown
+	Replicas   []ReplicaStatus   `json:"replicas"`
+	Namespaces []NamespaceStatus `json:"namespaces"`
+	Policies   []PolicyStatus    `json:"policies"`
+	Sidecars   []SidecarStatus   `json:"sidecars"`
+}
+
+// ReplicaStatus is one replica of the control plane.
+type ReplicaStatus struct {
+	Name     string      `json:"name"`
+	Error    string      `json:"error,omitempty"` // why it was not heard
+	Sidecars int         `json:"sidecars"`        // connected to it
+	Policies int         `json:"policies"`        // that it holds
+	Roots    []time.Time `json:"roots,omitempty"` // when the roots that it trusts end
+}
+
+// NamespaceStatus is how far a namespace's pods are covered.
+type NamespaceStatus struct {
+	Name     string `json:"name"`
+	Mode     string `json:"mode"`
+	Exempt   bool   `json:"exempt,omitempty"` // its pods get no sidecars
+	Pods     int    `json:"pods"`
+	Sidecars int    `json:"sidecars"`
+	InForce  int    `json:"inForce"`
+}
+
+// PolicyStatus is where a policy is in force.
+type PolicyStatus struct {
+	Name       string              `json:"name"`
+	UID        string              `json:"uid,omitempty"`
+	Generation int64               `json:"generation,omitempty"`
+	State      State               `json:"state"` // in force, not everywhere, refused (by some sidecar), exempt, or unknown
+	Pods       int                 `json:"pods"`  // that it selects
+	InForce    int                 `json:"inForce"`
+	Elsewhere  map[State][]string  `json:"elsewhere,omitempty"` // the other pods
+	Reasons    map[string][]string `json:"reasons,omitempty"`   // why sidecars refused it: the pods, by reason
+	Problems   []string            `json:"problems,omitempty"`  // what is wrong in it, and so closed
+}
+
+// SidecarStatus is one sidecar.
+type SidecarStatus struct {
+	Pod     string `json:"pod"`
+	State   State  `json:"state"`
+	Replica string `json:"replica,omitempty"` // that it is connected to
+	Sidecar
+}
+
+// In is what a Status says of one namespace. The empty namespace is all.
+func (s Status) In(namespace string) Status {
+	if namespace == "" {
+		return s
+	}
+	out := Status{Replicas: s.Replicas}
+	for _, n := range s.Namespaces {
+		if n.Name == namespace {
+			out.Namespaces = append(out.Namespaces, n)
+		}
+	}
+	for _, p := range s.Policies {
+		if namespaceOf(p.Name) == namespace {
+			out.Policies = append(out.Policies, p)
+		}
+	}
+	for _, c := range s.Sidecars {
+		if namespaceOf(c.Pod) == namespace {
+			out.Sidecars = append(out.Sidecars, c)
+		}
+	}
+	out.State = out.judged()
+	return out
+}
+
+// Heard is how many replicas have answered.
+func (s Status) Heard() (n int) {
+	for _, r := range s.Replicas {
+		if r.Error == "" {
+			n++
+		}
+	}
+	return n
+}
+
+// judged says what is to be said of all in one word. What is known not to be in force outweighs what is not known.
+func (s Status) judged() State {
+	if s.Heard() == 0 {
+		return Unknown
+	}
+	var states []State
+	for _, p := range s.Policies {
+		states = append(states, p.State)
+	}
+	for _, c := range s.Sidecars {
+		states = append(states, c.State)
+	}
+	all := InForce
+	for _, state := range states {
+		switch state {
+		case InForce, Exempt:
+		case Unknown:
+			all = Unknown
+		default:
+			return NotEverywhere
+		}
+	}
+	return all
+}
+
+// Policy returns one, by "namespace/name".
+func (s Status) Policy(name string) (PolicyStatus, bool) {
+	i, ok := slices.BinarySearchFunc(s.Policies, name, func(p PolicyStatus, name string) int { return strings.Compare(p.Name, name) })
+	if !ok {
+		return PolicyStatus{}, false
+	}
+	return s.Policies[i], true
+}
+
+func namespaceOf(name string) string { return name[:max(0, strings.IndexByte(name, '/'))] }
