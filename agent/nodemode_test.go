@@ -43,7 +43,8 @@ func TestNodeMode(t *testing.T) {
 
 	w.startAgent()
 	w.startPlane()
-	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil || !strings.Contains(err.Error(), "waiting for the node's daemon") {
+	// Right after its end the reason is that it has gone, and then that the next one is waited for.
+	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil || !strings.Contains(err.Error(), "the node's daemon") {
 		t.Errorf("ready without a daemon: %v", err)
 	}
 	w.refused("with an agent, without a daemon")
@@ -129,7 +130,8 @@ func (w *nodeWorld) restartDaemon(t *testing.T) {
 	}
 	w.daemon.stop(t, unix.SIGKILL)
 	eventually(t, "no child without its daemon", func() bool { return len(w.children()) == 0 })
-	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil || !strings.Contains(err.Error(), "waiting for the node's daemon") {
+	// Right after its end the reason is that it has gone, and then that the next one is waited for.
+	if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil || !strings.Contains(err.Error(), "the node's daemon") {
 		t.Errorf("ready without a daemon: %v", err)
 	}
 	say(t, open, "still here")
