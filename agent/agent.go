@@ -189,8 +189,11 @@ func (a *agent) closeFiles() {
 	if a.revoker != nil {
 		a.revoker.Close()
 	}
-	if r, ok := a.kernel.(*remote); ok {
-		_ = r.listener.Close()
+	switch k := a.kernel.(type) {
+	case *remote:
+		_ = k.listener.Close()
+	case *local:
+		k.close()
 	}
 	if a.upstream != nil {
 		_ = a.upstream.Close()

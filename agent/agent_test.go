@@ -29,7 +29,10 @@ func cleanRedirect(t *testing.T) {
 	t.Helper()
 	r, err := netfilter.New(netfilter.ByMark(), slog.New(slog.DiscardHandler))
 	if err == nil {
-		err = errors.Join(r.Remove(), packet.Remove(), hold.Remove())
+		kernel := packet.Open()
+		err = errors.Join(r.Remove(), packet.Remove(kernel), hold.Remove())
+		r.Close()
+		kernel.Close()
 	}
 	if err != nil {
 		t.Error(err)

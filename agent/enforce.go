@@ -18,7 +18,10 @@ import (
 // Shut closes the pod whose network namespace the calling thread is in, for node mode: every connection of its apps and every datagram is
 // refused or dropped until [Enforce] is told better. What is there of an earlier Enforce stays.
 func Shut(logger *slog.Logger) error {
-	_, err := shutNode(logger)
+	l, err := shutNode(logger)
+	if err == nil {
+		l.close()
+	}
 	return err
 }
 
@@ -54,6 +57,7 @@ func Enforce(ctx context.Context, dial func(context.Context) (net.Conn, error), 
 	if err != nil {
 		return err
 	}
+	defer l.close()
 	ports, err := holdPorts(names.ProxyUID, names.InboundPort, names.OutboundPort)
 	if err != nil {
 		return err

@@ -44,6 +44,12 @@ func (l *local) Missing() string                               { return l.packet
 func (l *local) Changed() <-chan struct{}                      { return l.packets.Changed() }
 func (l *local) Check() error                                  { return errors.Join(l.redirect.Check(), l.hold.Check()) }
 
+// close closes what is open to the kernel, but for the hold, which run closes. What is in force stays.
+func (l *local) close() {
+	l.redirect.Close()
+	l.packets.close()
+}
+
 // applyNetwork takes over a mantlet.v1.Network, for all who decide by it: first the redirect, so that the kernel has the node's addresses before
 // the control plane hears that they are in force.
 func (l *local) applyNetwork(b []byte) error {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
@@ -22,6 +23,7 @@ import (
 // in force, however long the control plane is away.
 type packets struct {
 	logger *slog.Logger
+	conn   *netfilter.Conn
 
 	mu      sync.Mutex
 	news    chan struct{}    // holds one while flows are to be judged by what is in force
@@ -34,24 +36,26 @@ type packets struct {
 
 // closePackets closes the pod to UDP and SCTP.
 func closePackets(logger *slog.Logger) (*packets, error) {
-	closed := &verdict.Packets{}
-	if err := packet.Apply(closed); err != nil {
+	conn, closed := packet.Open(), &verdict.Packets{}
+	if err := packet.Apply(conn, closed); err != nil {
 		return nil, err
 	}
-	return &packets{logger: logger, current: closed, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+	return &packets{logger: logger, conn: conn, current: closed, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
 }
 
 // adoptPackets closes the pod to UDP and SCTP where nobody has written the table yet. What an agent before this one was told stays in force
 // until more is known.
 func adoptPackets(logger *slog.Logger) (*packets, error) {
-	there, err := packet.There()
+	conn := packet.Open()
+	there, err := packet.There(conn)
 	if err != nil {
 		return nil, err
 	}
 	if !there {
+		conn.Close()
 		return closePackets(logger)
 	}
-	return &packets{logger: logger, current: &verdict.Packets{}, left: true, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+	return &packets{logger: logger, conn: conn, current: &verdict.Packets{}, left: true, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
 }
 
 // Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
@@ -70,7 +74,7 @@ func (p *packets) Apply(b []byte) error {
 }
 
 func (p *packets) enforce(next *verdict.Packets) error {
-	if err := packet.Apply(next); err != nil {
+	if err := packet.Apply(p.conn, next); err != nil {
 		return err
 	}
 	before := p.current
@@ -141,6 +145,9 @@ func poke(c chan struct{}) {
 	}
 }
 
+// close closes the connection to the kernel. What is in force stays.
+func (p *packets) close() { p.conn.Close() }
+
 // Name, Check and Repair let netfilter.Guard look after the table.
 func (p *packets) Name() string { return packet.TableName }
 
@@ -149,9 +156,9 @@ func (p *packets) Check() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.known || !p.left {
-		return packet.Check(p.current)
+		return packet.Check(p.conn, p.current)
 	}
-	if there, err := packet.There(); err != nil || there {
+	if there, err := packet.There(p.conn); err != nil || there {
 		return err
 	}
 	return fmt.Errorf("packets: table inet %s is gone", packet.TableName)
@@ -162,7 +169,7 @@ func (p *packets) Repair() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.left = false
-	return packet.Apply(p.current)
+	return packet.Apply(p.conn, p.current)
 }
 
 // Changed returns a channel that is closed at the next Apply. Take it before asking, so that no change is missed.

@@ -20,6 +20,8 @@ type shape struct {
 	logger *slog.Logger
 	sets   [2]sets
 
+	checking *netfilter.Conn
+
 	mu         sync.Mutex // all below
 	conn       *nftables.Conn
 	cfg        Config
@@ -40,7 +42,7 @@ func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &shape{logger: logger, sets: s, conn: conn, cfg: c, holding: true, sides: [2]outside{
+	return &shape{logger: logger, sets: s, checking: netfilter.NewConn(), conn: conn, cfg: c, holding: true, sides: [2]outside{
 		{direction: external, rulings: rulings(&c.External)}, {direction: inbound, rulings: rulings(&c.Inbound)}}}, nil
 }
 
@@ -56,7 +58,10 @@ func Shut(c Config) error {
 	return s.write(true)
 }
 
-func (s *shape) close() { _ = s.conn.CloseLasting() }
+func (s *shape) close() {
+	_ = s.conn.CloseLasting()
+	s.checking.Close()
+}
 
 // write writes the table, without any verdict on destinations inside the cluster, in one transaction and in place of any that is there.
 func (s *shape) write(holding bool) error {
@@ -206,5 +211,5 @@ func (s *shape) check() error {
 			l.Sets = append(l.Sets, set.Name)
 		}
 	}
-	return l.Check()
+	return l.Check(s.checking)
 }

@@ -22,14 +22,10 @@ type Chain struct {
 	Rules [][]expr.Any
 }
 
-// Check reads the table back, from the network namespace of the calling thread, and fails where it is not as laid out: asleep, or with
-// a chain, a rule or a set that is missing, changed, added or in another place.
-func (l Layout) Check() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	if err := l.check(conn); err != nil {
+// Check reads the table back and fails where it is not as laid out: asleep, or with a chain, a rule or a set that is missing, changed,
+// added or in another place.
+func (l Layout) Check(conn *Conn) error {
+	if err := conn.Do(l.check); err != nil {
 		return fmt.Errorf("table inet %s: %w", l.Table, err)
 	}
 	return nil

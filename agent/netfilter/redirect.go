@@ -47,9 +47,10 @@ func ByMark() Config {
 	return Config{InboundPort: names.InboundPort, OutboundPort: names.OutboundPort, Mark: names.ProxyMark}
 }
 
-// Redirect is the table of one pod. Its methods work in the network namespace of the calling thread.
+// Redirect is the table of one pod. Its methods work in the network namespace of the thread that calls the first of them.
 type Redirect struct {
 	logger *slog.Logger
+	conn   *Conn
 
 	mu     sync.Mutex // held while the table is written or read
 	cfg    Config
@@ -68,7 +69,7 @@ func New(cfg Config, logger *slog.Logger) (*Redirect, error) {
 		return nil, errors.New("redirect: mark 0 is the mark of every ordinary socket; choose another")
 	}
 	cfg.UIDs, cfg.Marked, cfg.Node = slices.Clone(cfg.UIDs), slices.Clone(cfg.Marked), slices.Clone(cfg.Node)
-	return &Redirect{cfg: cfg, logger: logger}, nil
+	return &Redirect{cfg: cfg, logger: logger, conn: NewConn()}, nil
 }
 
 // Apply writes the table, in one transaction, whether or not there is one already.
@@ -79,10 +80,13 @@ func (r *Redirect) Apply() error {
 }
 
 func (r *Redirect) write() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("redirect: open nftables: %w", err)
+	if err := r.conn.Do(r.rewrite); err != nil {
+		return fmt.Errorf("redirect: write table inet %s (needs CAP_NET_ADMIN and nf_tables with NAT and conntrack timeouts in the kernel): %w", tableName, err)
 	}
+	return nil
+}
+
+func (r *Redirect) rewrite(conn *nftables.Conn) error {
 	// Adding a table that exists changes nothing, deleting one that does not is an error: so add, delete, add.
 	conn.AddTable(table())
 	conn.DelTable(table())
@@ -94,20 +98,19 @@ func (r *Redirect) write() error {
 			conn.AddRule(&nftables.Rule{Table: want.Table, Chain: want.Chain, Exprs: exprs})
 		}
 	}
-	if err := conn.Flush(); err != nil {
-		return fmt.Errorf("redirect: write table inet %s (needs CAP_NET_ADMIN and nf_tables with NAT and conntrack timeouts in the kernel): %w", tableName, err)
-	}
-	return nil
+	return conn.Flush()
 }
+
+// Close closes the connection to the kernel. The table stays.
+func (r *Redirect) Close() { r.conn.Close() }
 
 // Remove deletes the table. The pod's TCP then passes by Envoy. It is no error if there is no table.
 func (r *Redirect) Remove() error {
-	conn, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("redirect: open nftables: %w", err)
-	}
-	conn.DelTable(table())
-	if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err := r.conn.Do(func(conn *nftables.Conn) error {
+		conn.DelTable(table())
+		return conn.Flush()
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("redirect: delete table inet %s: %w", tableName, err)
 	}
 	return nil
@@ -121,7 +124,7 @@ func (r *Redirect) Name() string { return tableName }
 func (r *Redirect) Check() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := (Layout{Table: tableName, Chains: r.cfg.chains()}).Check(); err != nil {
+	if err := (Layout{Table: tableName, Chains: r.cfg.chains()}).Check(r.conn); err != nil {
 		return fmt.Errorf("redirect: %w", err)
 	}
 	return nil

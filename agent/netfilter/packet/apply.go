@@ -10,6 +10,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds/names"
 )
@@ -22,46 +23,27 @@ const (
 	sendBuffer = 64 << 20
 )
 
-// Apply enforces a packet policy in the network namespace of the calling thread, in one transaction, in place of the one before. Where it
+// Open returns a connection for [Apply], [Check] and [There], with a send buffer beyond what the system allows, which takes CAP_NET_ADMIN outside user
+// namespaces; otherwise it is content with what the system allows.
+func Open() *netfilter.Conn {
+	return netfilter.NewConn(nftables.WithSockOptions(func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) }))
+}
+
+// Apply enforces a packet policy in the network namespace of the connection, in one transaction, in place of the one before. Where it
 // fails, the one before stays in force. Packets marked names.ProxyMark pass at egress.
-func Apply(p *verdict.Packets) error {
+func Apply(conn *netfilter.Conn, p *verdict.Packets) error {
 	rs, err := Emit(p, names.ProxyMark)
 	if err != nil {
 		return err
 	}
-	return rs.Apply()
+	return rs.Apply(conn)
 }
 
 // Apply writes the table, whether or not there is one already. The base chains stay where they are and only their rules are replaced: a
 // new base chain would come before the old one in the hook, and a packet between the two at the moment of the commit would pass the new one
 // while that has no rules yet and the old one when that has none any more. Nobody else may write the table at the same time.
-func (rs *Ruleset) Apply() error {
-	conn, err := open()
-	if err != nil {
-		return err
-	}
-	if err := rs.clear(conn); err != nil {
-		return err
-	}
-	for _, c := range rs.Chains { // first all of them, without rules: maps and rules name chains
-		conn.AddChain(c.Chain)
-	}
-	for _, s := range rs.Sets {
-		if err := conn.AddSet(s.Set, nil); err != nil {
-			return fmt.Errorf("packets: set %s: %w", s.Name, err)
-		}
-		for elements := range slices.Chunk(s.Elements, elementsPerMessage) {
-			if err := conn.SetAddElements(s.Set, elements); err != nil {
-				return fmt.Errorf("packets: elements of set %s: %w", s.Name, err)
-			}
-		}
-	}
-	for _, c := range rs.Chains {
-		for _, exprs := range c.Rules {
-			conn.AddRule(&nftables.Rule{Table: rs.Table, Chain: c.Chain, Exprs: exprs})
-		}
-	}
-	switch err := conn.Flush(); {
+func (rs *Ruleset) Apply(conn *netfilter.Conn) error {
+	switch err := conn.Do(rs.write); {
 	case errors.Is(err, unix.EMSGSIZE):
 		return fmt.Errorf("packets: write table inet %s: the policy is larger than the kernel takes at once (raise net.core.wmem_max): %w", TableName, err)
 	case err != nil:
@@ -70,11 +52,36 @@ func (rs *Ruleset) Apply() error {
 	return nil
 }
 
+func (rs *Ruleset) write(conn *nftables.Conn) error {
+	if err := rs.clear(conn); err != nil {
+		return err
+	}
+	for _, c := range rs.Chains { // first all of them, without rules: maps and rules name chains
+		conn.AddChain(c.Chain)
+	}
+	for _, s := range rs.Sets {
+		if err := conn.AddSet(s.Set, nil); err != nil {
+			return fmt.Errorf("set %s: %w", s.Name, err)
+		}
+		for elements := range slices.Chunk(s.Elements, elementsPerMessage) {
+			if err := conn.SetAddElements(s.Set, elements); err != nil {
+				return fmt.Errorf("elements of set %s: %w", s.Name, err)
+			}
+		}
+	}
+	for _, c := range rs.Chains {
+		for _, exprs := range c.Rules {
+			conn.AddRule(&nftables.Rule{Table: rs.Table, Chain: c.Chain, Exprs: exprs})
+		}
+	}
+	return conn.Flush()
+}
+
 // clear adds the table, and to the same transaction what empties the one that there is, but for base chains that stay.
 func (rs *Ruleset) clear(conn *nftables.Conn) error {
 	tables, err := conn.ListTablesOfFamily(rs.Table.Family)
 	if err != nil {
-		return fmt.Errorf("packets: read tables: %w", err)
+		return fmt.Errorf("read tables: %w", err)
 	}
 	conn.AddTable(rs.Table)
 	i := slices.IndexFunc(tables, func(t *nftables.Table) bool { return t.Name == rs.Table.Name })
@@ -88,11 +95,11 @@ func (rs *Ruleset) clear(conn *nftables.Conn) error {
 	}
 	chains, err := conn.ListChainsOfTableFamily(rs.Table.Family)
 	if err != nil {
-		return fmt.Errorf("packets: read chains: %w", err)
+		return fmt.Errorf("read chains: %w", err)
 	}
 	sets, err := conn.GetSets(rs.Table)
 	if err != nil {
-		return fmt.Errorf("packets: read sets: %w", err)
+		return fmt.Errorf("read sets: %w", err)
 	}
 	conn.FlushTable(rs.Table)
 	for _, s := range sets {
@@ -115,24 +122,13 @@ func (rs *Ruleset) keeps(c *nftables.Chain) bool {
 }
 
 // Remove deletes the table: UDP and SCTP then pass unjudged. It is no error if there is no table.
-func Remove() error {
-	conn, err := open()
-	if err != nil {
-		return err
-	}
-	conn.DelTable(&nftables.Table{Name: TableName, Family: nftables.TableFamilyINet})
-	if err := conn.Flush(); err != nil && !errors.Is(err, os.ErrNotExist) {
+func Remove(conn *netfilter.Conn) error {
+	err := conn.Do(func(conn *nftables.Conn) error {
+		conn.DelTable(&nftables.Table{Name: TableName, Family: nftables.TableFamilyINet})
+		return conn.Flush()
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("packets: delete table inet %s: %w", TableName, err)
 	}
 	return nil
-}
-
-// open asks for a send buffer beyond what the system allows, which takes CAP_NET_ADMIN outside user namespaces, and is content with
-// what it allows.
-func open() (*nftables.Conn, error) {
-	conn, err := nftables.New(nftables.WithSockOptions(func(c *netlink.Conn) error { return c.SetWriteBuffer(sendBuffer) }))
-	if err != nil {
-		return nil, fmt.Errorf("packets: open nftables: %w", err)
-	}
-	return conn, nil
 }

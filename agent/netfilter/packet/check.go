@@ -13,7 +13,7 @@ import (
 
 // Check reads the table back from the kernel and fails where it is not what Apply writes for a policy: a chain, a rule or a set is missing,
 // changed, added or in another place. Elements of sets are not read: they can be many.
-func Check(p *verdict.Packets) error {
+func Check(conn *netfilter.Conn, p *verdict.Packets) error {
 	rs, err := Emit(p, names.ProxyMark)
 	if err != nil {
 		return err
@@ -22,21 +22,21 @@ func Check(p *verdict.Packets) error {
 	for _, s := range rs.Sets {
 		l.Sets = append(l.Sets, s.Name)
 	}
-	if err := l.Check(); err != nil {
+	if err := l.Check(conn); err != nil {
 		return fmt.Errorf("packets: %w", err)
 	}
 	return nil
 }
 
-// There reports whether the calling thread's network namespace has the table, in whatever state.
-func There() (bool, error) {
-	conn, err := open()
-	if err != nil {
-		return false, err
-	}
-	tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+// There reports whether there is the table, in whatever state.
+func There(conn *netfilter.Conn) (there bool, err error) {
+	err = conn.Do(func(conn *nftables.Conn) error {
+		tables, err := conn.ListTablesOfFamily(nftables.TableFamilyINet)
+		there = slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName })
+		return err
+	})
 	if err != nil {
 		return false, fmt.Errorf("packets: read tables: %w", err)
 	}
-	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == TableName }), nil
+	return there, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/verdict"
 )
@@ -86,13 +87,20 @@ func here(p verdict.Packets) *verdict.Packets {
 	return &p
 }
 
+// kernel is a connection that lasts as long as the test.
+func kernel(t *testing.T) *netfilter.Conn {
+	c := Open()
+	t.Cleanup(c.Close)
+	return c
+}
+
 func apply(t *testing.T, p verdict.Packets) {
 	t.Helper()
-	if err := Apply(here(p)); err != nil {
+	if err := Apply(kernel(t), here(p)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := Remove(); err != nil {
+		if err := Remove(kernel(t)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -336,7 +344,7 @@ func TestNoGapWhileReplacing(t *testing.T) {
 	lost := 0
 	for i := range swaps {
 		done := make(chan error, 1)
-		wg.Go(func() { done <- Apply(here(policies[i%2])) })
+		wg.Go(func() { done <- Apply(kernel(t), here(policies[i%2])) })
 		for n := range 20 {
 			word := fmt.Sprintf("%d.%d", i, n)
 			lost += deliver(t, allowed, at, word)

@@ -59,7 +59,7 @@ func TestRevoke(t *testing.T) {
 		t.Fatal(sender)
 	}
 
-	if err := Apply(narrow); err != nil {
+	if err := Apply(kernel(t), narrow); err != nil {
 		t.Fatal(err)
 	}
 	if n, err := Revoke(as(narrow)); err != nil || n != 2*(len(peers)-2) {
@@ -105,7 +105,7 @@ func TestRevokeThousands(t *testing.T) {
 			sent = err == nil
 		}
 	}
-	if err := Apply(narrow); err != nil {
+	if err := Apply(kernel(t), narrow); err != nil {
 		t.Fatal(err)
 	}
 	start := time.Now()

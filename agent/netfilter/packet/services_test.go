@@ -145,7 +145,7 @@ func TestServiceFlowsAreRevoked(t *testing.T) {
 	}
 	gone, stays := backends4[0], backends4[1]
 	next := here(dns(backends4[1:], nil))
-	if err := Apply(next); err != nil {
+	if err := Apply(kernel(t), next); err != nil {
 		t.Fatal(err)
 	}
 	n, err := Revoke(as(next))
@@ -187,7 +187,7 @@ func TestCheck(t *testing.T) {
 	p := here(dns(backends4, backends6))
 	p.Ingress = []verdict.PacketBlock{udp(53, 53, "10.99.0.3/32", "fd99::/64"), udp(54, 60, "0.0.0.0/0")}
 	apply(t, *p)
-	if err := Check(p); err != nil {
+	if err := Check(kernel(t), p); err != nil {
 		t.Fatalf("as it was written: %v", err)
 	}
 	conn, err := nftables.New()
@@ -215,18 +215,18 @@ func TestCheck(t *testing.T) {
 		if err := conn.Flush(); err != nil {
 			t.Fatalf("%s: %v", what, err)
 		}
-		if Check(p) == nil {
+		if Check(kernel(t), p) == nil {
 			t.Errorf("%s: not found", what)
 		}
-		if err := Apply(p); err != nil {
+		if err := Apply(kernel(t), p); err != nil {
 			t.Fatal(err)
 		}
-		if err := Check(p); err != nil {
+		if err := Check(kernel(t), p); err != nil {
 			t.Errorf("%s, and written again: %v", what, err)
 		}
 	}
 	other := here(dns(backends4[:1], backends6))
-	if Check(other) == nil {
+	if Check(kernel(t), other) == nil {
 		t.Error("another policy's table passes")
 	}
 }

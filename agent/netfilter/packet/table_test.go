@@ -177,7 +177,7 @@ func TestRedirectIsIndependent(t *testing.T) {
 		t.Error("writing the redirect took the packet policy away")
 	}
 	for range 2 {
-		if err := Remove(); err != nil {
+		if err := Remove(kernel(t)); err != nil {
 			t.Error(err)
 		}
 	}
@@ -195,10 +195,10 @@ func TestRefusedTableChangesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	rs.Chains[0].Rules = append(rs.Chains[0].Rules, jump("nowhere"))
-	if err := rs.Apply(); err == nil {
+	if err := rs.Apply(kernel(t)); err == nil {
 		t.Fatal("a rule that goes to no chain was taken")
 	}
-	if err := Apply(&verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.0.0.1/8")}}); err == nil {
+	if err := Apply(kernel(t), &verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.0.0.1/8")}}); err == nil {
 		t.Fatal("a prefix with host bits was taken")
 	}
 	c := socket(t, nil, "10.99.0.2:0")
@@ -229,12 +229,12 @@ func TestTenThousandPrefixes(t *testing.T) {
 		t.Fatal(err)
 	}
 	emitted := time.Now()
-	if err := rs.Apply(); err != nil {
+	if err := rs.Apply(kernel(t)); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = Remove() })
+	t.Cleanup(func() { _ = Remove(kernel(t)) })
 	applied := time.Now()
-	if err := rs.Apply(); err != nil {
+	if err := rs.Apply(kernel(t)); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("2×%d prefixes: emitted in %v, applied in %v, replaced in %v", n, emitted.Sub(start), applied.Sub(emitted), time.Since(applied))
@@ -317,7 +317,7 @@ func TestApplyLeavesNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := open()
+	conn, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -341,7 +341,7 @@ func TestApplyLeavesNothingElse(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := Remove(); err != nil {
+			if err := Remove(kernel(t)); err != nil {
 				t.Fatal(err)
 			}
 			meddle()
