@@ -1,23 +1,38 @@
 #!/bin/bash
-# conformance.sh OUT: the upstream NetworkPolicy tests against Mantlet on a cluster made for them: permissive, then strict.
+# conformance.sh OUT [CAPTURE...]: the upstream NetworkPolicy tests against Mantlet, permissive and then strict, on a cluster made for each way of
+# capture: node and sidecar, or those named.
 #
-# Sidecars need NET_ADMIN, which Pod Security baseline forbids, and the tests' namespaces are baseline: the API server runs without that plugin.
+# The tests' namespaces are at Pod Security baseline. Node mode runs there. Sidecars that redirect by themselves need NET_ADMIN, which baseline forbids: for
+# them the API server runs without that plugin.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$1
+shift
+[ $# -gt 0 ] || set -- node sidecar
 dir=.cache/conformance
 export KUBECONFIG="$PWD/$dir/pki/admin.conf"
 cluster() { go run ./test/cluster/cmd/cluster --dir "$dir" "$@"; }
 kubectl=$(cluster binaries kubectl)
 
-cluster down
 trap 'cluster down' EXIT
-cluster up --nodes 2 --disable-admission PodSecurity --image dist/mantlet.tar
 failed=
-for mode in permissive strict; do
-	bin/mantlet install --set image=localhost/mantlet:dev --set injectByDefault=true --set podSecurity=ignored --set mtls=$mode |
-		"$kubectl" apply --server-side -f -
-	"$kubectl" -n mantlet-system rollout status deploy/mantlet --timeout=120s
-	go run ./test/conformance -mode "$mode" -logs ".cache/conformance-logs/$mode" -out "$out" || failed="$failed $mode"
+for capture; do
+	case $capture in
+	node) up="" set="" daemon=ds/mantlet-node ;;
+	sidecar) up="--disable-admission PodSecurity" set="--set podSecurity=ignored" daemon="" ;;
+	*) echo "conformance: capture $capture: node or sidecar" >&2 && exit 2 ;;
+	esac
+	cluster down
+	# shellcheck disable=SC2086 # several words, or none
+	cluster up --nodes 2 --image dist/mantlet.tar $up
+	for mode in permissive strict; do
+		# shellcheck disable=SC2086
+		bin/mantlet install --set image=localhost/mantlet:dev --set injectByDefault=true --set capture=$capture --set mtls=$mode $set |
+			"$kubectl" apply --server-side -f -
+		for workload in deploy/mantlet $daemon; do
+			"$kubectl" -n mantlet-system rollout status "$workload" --timeout=120s
+		done
+		go run ./test/conformance -mode "capture $capture, $mode" -logs ".cache/conformance-logs/$capture-$mode" -out "$out" || failed="$failed $capture-$mode"
+	done
 done
 [ -z "$failed" ] || { echo "conformance: failed:$failed (logs: .cache/conformance-logs)" >&2; exit 1; }

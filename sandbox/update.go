@@ -70,6 +70,9 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 		return nil, err
 	}
 	c.measure(s.cp.Server().Ledger(), before)
+	if d.policyOnly() {
+		return c, nil
+	}
 	if err := s.network.SetServices(s.services()); err != nil {
 		return nil, err
 	}
@@ -157,6 +160,14 @@ func (s *Sandbox) dropPods(names []string) error {
 	return g.Wait()
 }
 
+// policyOnly reports whether pods, Services and names are as they were.
+func (d *difference) policyOnly() bool {
+	return !slices.ContainsFunc(d.words, func(w string) bool { return !strings.HasPrefix(w, policyKind+" ") })
+}
+
+// policyKind begins the words on policies.
+const policyKind = "NetworkPolicy"
+
 // difference is what it takes to get from one set of objects to another.
 type difference struct {
 	words            []string
@@ -170,7 +181,7 @@ func diff(old, next *policy.Objects) *difference {
 	d := &difference{}
 	compareObjects(d, "Node", old.Nodes, next.Nodes)
 	compareObjects(d, "Namespace", old.Namespaces, next.Namespaces)
-	compareObjects(d, "NetworkPolicy", old.NetworkPolicies, next.NetworkPolicies)
+	compareObjects(d, policyKind, old.NetworkPolicies, next.NetworkPolicies)
 	compareObjects(d, "Service", old.Services, next.Services)
 	compareObjects(d, "EndpointSlice", old.EndpointSlices, next.EndpointSlices)
 	compareObjects(d, "Pod", old.Pods, next.Pods)
