@@ -103,7 +103,7 @@ proto: ## Generate Go code from the protobuf files
 	$(GO) run $(BUF) generate
 
 .PHONY: conformance
-conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet, permissive and strict; writes docs/conformance.md
+conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet in node and sidecar mode, permissive and strict; writes docs/conformance.md
 	@./hack/conformance.sh docs/conformance.md
 
 .PHONY: clean

@@ -40,7 +40,7 @@ type options struct {
 func run() error {
 	var o options
 	flag.StringVar(&o.kubeconfig, "kubeconfig", os.Getenv("KUBECONFIG"), "the cluster; Mantlet is installed there, with injectByDefault")
-	flag.StringVar(&o.mode, "mode", "", "what to call this run in the table: permissive or strict")
+	flag.StringVar(&o.mode, "mode", "", "what to call this run in the table: how pods are captured, and permissive or strict")
 	flag.StringVar(&o.out, "out", "", "file to write the table to; its section about the same mode is replaced")
 	flag.StringVar(&o.logs, "logs", "", "folder for the tests' logs and reports; it is made, and stays")
 	flag.StringVar(&o.focus, "focus", "NetworkPolicy", "ginkgo's expression of which tests to run")

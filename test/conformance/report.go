@@ -102,7 +102,8 @@ func (r report) verdict() error {
 const head = `# Conformance
 
 The Kubernetes project's own NetworkPolicy tests (v1.36.3), unmodified, against Mantlet's sidecars on a real cluster with no other policy engine:
-written by ` + "`make conformance`" + `.
+written by ` + "`make conformance`" + `. In *capture node* the tests' namespaces are at Pod Security baseline, as the tests make them; in *capture sidecar*, whose
+sidecars take NET_ADMIN, the API server runs without that admission plugin.
 
 `
 
