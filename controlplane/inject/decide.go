@@ -38,18 +38,25 @@ func (c Config) IsSystem(namespace string) bool {
 }
 
 // asked reports whether a pod is to have a sidecar. Outside of system namespaces its own annotation goes first, as in package source, then
-// its namespace's label.
+// its namespace's label. A pod with an init container of the sidecar's name asks by that, whatever the label says: the control plane takes
+// such a container for a sidecar, and gives it the pod's identity; so it has to be ours.
 func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	if c.IsSystem(ns.Name) {
 		return false, nil
 	}
+	named := indexOf(pod.Spec.InitContainers, names.Container) >= 0
 	switch v, ok := pod.Annotations[policy.InjectLabel]; {
 	case v == yes:
 		return true, nil
+	case v == no && named:
+		return false, field.Invalid(field.NewPath("metadata", "annotations").Key(policy.InjectLabel), v,
+			"the pod is to have no sidecar, and has an init container "+names.Container+", which would count as one: remove that, or the annotation")
 	case v == no:
 		return false, nil
 	case ok:
 		return false, field.NotSupported(field.NewPath("metadata", "annotations").Key(policy.InjectLabel), v, []string{yes, no})
+	case named:
+		return true, nil
 	}
 	switch ns.Labels[policy.InjectLabel] {
 	case disabled:

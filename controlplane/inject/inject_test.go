@@ -204,6 +204,13 @@ func TestAsked(t *testing.T) {
 		if got, err := cfg.asked(pod, ns); got != c.want || (err != nil) != c.wrong {
 			t.Errorf("%+v: got %t, %v", c, got, err)
 		}
+		// Whoever writes a container of the sidecar's name asks for a sidecar, and cannot opt out beside it.
+		pod.Spec.InitContainers = []corev1.Container{{Name: "first"}, {Name: names.Container}}
+		system := cfg.IsSystem(c.namespace)
+		out := c.annotation != "" && c.annotation != yes
+		if got, err := cfg.asked(pod, ns); got != (!system && !out) || (err != nil) != (!system && out) {
+			t.Errorf("%+v, with a container of the sidecar's name: got %t, %v", c, got, err)
+		}
 	}
 }
 

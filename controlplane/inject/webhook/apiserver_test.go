@@ -249,6 +249,7 @@ func TestAPIServer(t *testing.T) {
 	w.namespace("shop", map[string]string{policy.InjectLabel: "enabled"})
 	w.namespace("plain", nil)
 	w.namespace("baseline", map[string]string{policy.InjectLabel: "enabled", "pod-security.kubernetes.io/enforce": "baseline"})
+	t.Run("Pod Security", func(t *testing.T) { testPodSecurity(t, w) }) // before the webhooks, which make any sidecar that of their own configuration
 	w.install(address)
 	stop := w.serve(l)
 	w.await("the webhooks are known", func() error {
@@ -259,7 +260,7 @@ func TestAPIServer(t *testing.T) {
 		return err
 	})
 	t.Run("admission", func(t *testing.T) { testAdmission(t, w) })
-	t.Run("Pod Security", func(t *testing.T) { testPodSecurity(t, w) })
+	t.Run("tenant", func(t *testing.T) { testTenant(t, w) })
 	t.Run("applied again", func(t *testing.T) {
 		first, again := w.install(address), w.install(address)
 		for name, version := range first {

@@ -79,14 +79,19 @@ service:
   expression: "!(has(object.metadata.annotations) && 'kubernetes.io/config.mirror' in object.metadata.annotations)"
 {{- end }}
 
+{{- /* What the control plane takes for a sidecar, and gives the pod's identity: so a pod that has it is looked at wherever it is, opted out or not. */}}
+{{- define "mantlet.named" -}}
+has(object.spec.initContainers) && object.spec.initContainers.exists(c, c.name == 'mantlet-proxy')
+{{- end }}
+
 {{- define "mantlet.wanted" -}}
 - name: not-opted-out
-  expression: "!(has(object.metadata.annotations) && 'mantlet.dev/inject' in object.metadata.annotations && object.metadata.annotations['mantlet.dev/inject'] == 'false')"
+  expression: "!(has(object.metadata.annotations) && 'mantlet.dev/inject' in object.metadata.annotations && object.metadata.annotations['mantlet.dev/inject'] == 'false') || ({{ include "mantlet.named" . }})"
 {{- end }}
 
 {{- define "mantlet.optedIn" -}}
 - name: opted-in
-  expression: "has(object.metadata.annotations) && 'mantlet.dev/inject' in object.metadata.annotations && object.metadata.annotations['mantlet.dev/inject'] != 'false'"
+  expression: "(has(object.metadata.annotations) && 'mantlet.dev/inject' in object.metadata.annotations && object.metadata.annotations['mantlet.dev/inject'] != 'false') || ({{ include "mantlet.named" . }})"
 {{- end }}
 
 {{- define "mantlet.pods" -}}
