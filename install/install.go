@@ -27,7 +27,7 @@ var chart embed.FS
 
 // files are the chart's templates in the order in which they are to be applied: the webhooks, which have the API server wait for the
 // control plane, come last.
-var files = []string{"namespace.yaml", "rbac.yaml", "networkpolicies.yaml", "controlplane.yaml", "node.yaml", "webhooks.yaml"}
+var files = []string{"namespace.yaml", "rbac.yaml", "networkpolicies.yaml", "controlplane.yaml", "node.yaml", "guards.yaml", "webhooks.yaml"}
 
 // Values are the values of the chart, for those who check them; values.yaml says what they mean.
 type Values struct {

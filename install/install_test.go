@@ -39,6 +39,7 @@ func TestTypes(t *testing.T) {
 				"ClusterRole": &rbacv1.ClusterRole{}, "ClusterRoleBinding": &rbacv1.ClusterRoleBinding{}, "Role": &rbacv1.Role{}, "RoleBinding": &rbacv1.RoleBinding{},
 				"NetworkPolicy": &networkingv1.NetworkPolicy{}, "PodDisruptionBudget": &policyv1.PodDisruptionBudget{}, "Deployment": &appsv1.Deployment{},
 				"MutatingWebhookConfiguration": &admissionregistrationv1.MutatingWebhookConfiguration{}, "ValidatingWebhookConfiguration": &admissionregistrationv1.ValidatingWebhookConfiguration{},
+				"ValidatingAdmissionPolicy": &admissionregistrationv1.ValidatingAdmissionPolicy{}, "ValidatingAdmissionPolicyBinding": &admissionregistrationv1.ValidatingAdmissionPolicyBinding{},
 			}[m.Kind]
 			if !ok {
 				t.Errorf("%s %s: a kind that nobody expects", m.Kind, m.Name)
@@ -52,7 +53,7 @@ func TestTypes(t *testing.T) {
 					t.Errorf("%s %s has %s", m.Kind, m.Name, never)
 				}
 			}
-			clusterScoped := slices.Contains([]string{"Namespace", "ClusterRole", "ClusterRoleBinding", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"}, m.Kind)
+			clusterScoped := slices.Contains([]string{"Namespace", "ClusterRole", "ClusterRoleBinding", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}, m.Kind)
 			if want := "shield"; o.Namespace == want && !clusterScoped && m.Namespace != want || clusterScoped && m.Namespace != "" {
 				t.Errorf("%s %s is in namespace %q", m.Kind, m.Name, m.Namespace)
 			}
@@ -158,7 +159,7 @@ func TestNames(t *testing.T) {
 		t.Error("the manifests and package names differ")
 	}
 	all := string(bytes.Join(texts(list), nil))
-	for _, name := range []string{names.RootConfigMap, names.CASecret, "'" + names.Container + "'"} {
+	for _, name := range []string{"'" + names.RootConfigMap + "'", names.CASecret, "'" + names.Container + "'", "'" + names.AllowAnnotation + "'", "'" + names.AllowExec + "'"} {
 		if !strings.Contains(all, name) {
 			t.Errorf("%s is not in the manifests", name)
 		}

@@ -88,4 +88,6 @@ const (
 	AllowHostPID = "host-pid"
 	// AllowSharedProcesses: pods with shareProcessNamespace.
 	AllowSharedProcesses = "shared-processes"
+	// AllowExec: kubectl exec into sidecars.
+	AllowExec = "sidecar-exec"
 )

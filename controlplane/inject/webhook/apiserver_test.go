@@ -147,12 +147,7 @@ func (w *world) serve(l net.Listener) (stop func()) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	as := rest.CopyConfig(w.config)
-	as.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:mantlet-system:mantlet"}
-	api, err := kubernetes.NewForConfig(as)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	api := w.control()
 	log := slog.New(slog.NewTextHandler(w.t.Output(), nil))
 	s, err := New(Config{
 		Inject: inject.Config{Image: "registry.example/mantlet@sha256:01", ControlPlane: "mantlet.mantlet-system.svc:15012", TrustDomain: td,
@@ -181,6 +176,19 @@ func (w *world) serve(l net.Listener) (stop func()) {
 		group.Wait()
 		api.RESTClient().(*rest.RESTClient).Client.CloseIdleConnections()
 	}
+}
+
+// control is a client with the name and the rights of the control plane.
+func (w *world) control() *kubernetes.Clientset {
+	w.t.Helper()
+	as := rest.CopyConfig(w.config)
+	as.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:mantlet-system:mantlet"}
+	api, err := kubernetes.NewForConfig(as)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(api.RESTClient().(*rest.RESTClient).Client.CloseIdleConnections)
+	return api
 }
 
 // await repeats a question until the answer is yes: the API server hears of configurations and namespaces by watching, as we do.
@@ -274,6 +282,7 @@ func TestAPIServer(t *testing.T) {
 	})
 	stop()
 	t.Run("without Mantlet", func(t *testing.T) { testWithout(t, w) })
+	t.Run("guarded without Mantlet", func(t *testing.T) { testGuarded(t, w) })
 	stop = w.serve(listen(t, address)) // with another authority: its roots have to get into the configurations
 	defer stop()
 	w.await("it is back", func() error {
