@@ -118,6 +118,15 @@ func TestAuthority(t *testing.T) {
 		t.Fatal(err)
 	}
 	published("one that somebody changed", "later", roots[2])
+	m, err = maps.Get(t.Context(), names.RootConfigMap, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Data[names.RootKey], m.Immutable = "nonsense", new(true)
+	if _, err := maps.Update(t.Context(), m, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	published("one that somebody changed for good", "later", roots[2])
 	if err := maps.Delete(t.Context(), names.RootConfigMap, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}

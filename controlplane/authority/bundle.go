@@ -155,6 +155,12 @@ func (b *Bundle) bring(ctx context.Context, namespace string) error {
 		return err
 	case is.Data[names.RootKey] == string(pem) && len(is.Data) == 1:
 		return nil
+	case is.Immutable != nil && *is.Immutable: // by somebody who was there before us; it is made again once it is seen to be gone
+		err := api.Delete(ctx, is.Name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &is.UID}})
+		if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+			return nil
+		}
+		return err
 	}
 	next := is.DeepCopy()
 	next.Data = map[string]string{names.RootKey: string(pem)}

@@ -6,8 +6,10 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 
 	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/controlplane/inject/names"
@@ -97,8 +99,14 @@ func testGuarded(t *testing.T, w *world) {
 		if _, err := maps.Create(t.Context(), root, metav1.CreateOptions{}); err != nil {
 			t.Errorf("another ConfigMap: %v", err)
 		}
-		if err := maps.Delete(t.Context(), names.RootConfigMap, metav1.DeleteOptions{}); err != nil {
-			t.Errorf("whoever deletes a namespace deletes what is in it: %v", err)
+		for who, api := range map[string]typedcorev1.ConfigMapInterface{"whoever deletes a namespace deletes what is in it": maps, "one that is immutable has to go": own} {
+			root.Name, root.Immutable = names.RootConfigMap, new(true)
+			if _, err := own.Create(t.Context(), root, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+				t.Fatal(err)
+			}
+			if err := api.Delete(t.Context(), names.RootConfigMap, metav1.DeleteOptions{}); err != nil {
+				t.Errorf("%s: %v", who, err)
+			}
 		}
 	})
 }
