@@ -16,14 +16,28 @@ import (
 // maxReview bounds a request: the API server takes objects of up to 3 MiB, and sends the old one along with the new one.
 const maxReview = 8 << 20
 
-// readReview reads the request of an AdmissionReview.
-func readReview(r io.Reader) (*admissionv1.AdmissionRequest, error) {
-	text, err := io.ReadAll(io.LimitReader(r, maxReview+1))
+// readReview reads the request of an AdmissionReview, once there is memory set aside for it.
+func readReview(r *http.Request, l load, s *share) (*admissionv1.AdmissionRequest, error) {
+	length := r.ContentLength
+	if length < 0 || length > maxReview {
+		length = maxReview
+	}
+	if err := s.grow(int(length) * byteMemory); err != nil {
+		return nil, err
+	}
+	text, err := io.ReadAll(io.LimitReader(r.Body, length+1))
 	if err != nil {
 		return nil, err
 	}
 	if len(text) > maxReview {
-		return nil, fmt.Errorf("admission review of more than %d MiB", maxReview>>20)
+		return nil, refused{http.StatusRequestEntityTooLarge, fmt.Errorf("admission review of more than %d MiB", maxReview>>20)}
+	}
+	n := values(text)
+	if n > l.values {
+		return nil, refused{http.StatusRequestEntityTooLarge, fmt.Errorf("admission review of about %d values; at most %d are read", n, l.values)}
+	}
+	if err := s.grow(n * l.each); err != nil {
+		return nil, err
 	}
 	var review admissionv1.AdmissionReview
 	if err := kjson.UnmarshalCaseSensitivePreserveInts(text, &review); err != nil {
@@ -45,7 +59,7 @@ func readReview(r io.Reader) (*admissionv1.AdmissionRequest, error) {
 type decide func(r *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error)
 
 // handler speaks the protocol around a decision.
-func (s *Server) handler(d decide) http.Handler {
+func (s *Server) handler(l load, d decide) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
 			w.Header().Set("Allow", http.MethodPost)
@@ -56,10 +70,16 @@ func (s *Server) handler(d decide) http.Handler {
 			http.Error(w, "want Content-Type: application/json", http.StatusUnsupportedMediaType)
 			return
 		}
-		q, err := readReview(r.Body)
+		memory := &share{of: &s.budget, source: source(r)}
+		defer memory.end()
+		q, err := readReview(r, l, memory)
 		if err != nil {
-			s.log.Warn("webhook: not an admission review", "path", r.URL.Path, "error", err)
-			http.Error(w, err.Error(), http.StatusBadRequest)
+			code := http.StatusBadRequest
+			if is := (refused{}); errors.As(err, &is) {
+				code = is.code
+			}
+			s.log.Warn("webhook: no admission review that is read", "path", r.URL.Path, "from", memory.source, "error", err)
+			http.Error(w, err.Error(), code)
 			return
 		}
 		answer, err := d(r, q)

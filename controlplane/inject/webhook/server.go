@@ -47,6 +47,7 @@ type Server struct {
 	namespaces Namespaces
 	cert       x509svid.Source
 	log        *slog.Logger
+	budget     budget
 }
 
 // New checks the configuration.
@@ -63,10 +64,10 @@ func New(cfg Config) (*Server, error) {
 // Handler serves the paths, without TLS.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(PathInject, s.handler(s.inject))
-	mux.Handle(PathVerify, s.handler(s.verify))
-	mux.Handle(PathEphemeral, s.handler(s.ephemeral))
-	mux.Handle(PathPolicy, s.handler(s.policy))
+	mux.Handle(PathInject, s.handler(podLoad, s.inject))
+	mux.Handle(PathVerify, s.handler(podLoad, s.verify))
+	mux.Handle(PathEphemeral, s.handler(podLoad, s.ephemeral))
+	mux.Handle(PathPolicy, s.handler(policyLoad, s.policy))
 	mux.HandleFunc("GET "+PathHealth, func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
 	return mux
 }
@@ -80,6 +81,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		Handler:           s.Handler(),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second, // a webhook's own timeout is at most 30 s, and ours 10 s
+		MaxHeaderBytes:    16 << 10,
 		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		TLSConfig: &tls.Config{

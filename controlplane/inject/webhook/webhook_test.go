@@ -184,7 +184,7 @@ func TestNotReviews(t *testing.T) {
 	}{
 		"empty": {"application/json", "", 400}, "not JSON": {"application/json", "{", 400}, "another version": {"application/json", strings.Replace(good, "k8s.io/v1", "k8s.io/v1beta1", 1), 400},
 		"no request": {"application/json", `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview"}`, 400}, "no uid": {"application/json", strings.Replace(good, "u-1", "", 1), 400},
-		"case": {"application/json", strings.Replace(good, `"request"`, `"Request"`, 1), 400}, "YAML": {"application/yaml", good, 415}, "too large": {"application/json", good + strings.Repeat(" ", maxReview), 400},
+		"case": {"application/json", strings.Replace(good, `"request"`, `"Request"`, 1), 400}, "YAML": {"application/yaml", good, 415}, "too large": {"application/json", good + strings.Repeat(" ", maxReview), 413},
 	} {
 		if code, _ := post(t, s, PathInject, c.contentType, c.body); code != c.code {
 			t.Errorf("%s: status %d, want %d", name, code, c.code)
@@ -249,9 +249,10 @@ func FuzzReview(f *testing.F) {
 	f.Add(PathInject, review(admissionv1.Create, "Pod", "shop", `{"metadata":{"annotations":null},"spec":{"initContainers":[],"volumes":null,"containers":[{}]}}`))
 	s, _ := newServer(f)
 	f.Fuzz(func(t *testing.T, path, body string) {
-		q, err := readReview(strings.NewReader(body))
+		memory := &share{of: new(budget)}
+		q, err := readReview(httptest.NewRequest(http.MethodPost, PathInject, strings.NewReader(body)), podLoad, memory)
 		if err != nil {
-			if code, _ := post(t, s, PathInject, "application/json", body); code != http.StatusBadRequest {
+			if code, _ := post(t, s, PathInject, "application/json", body); code != http.StatusBadRequest && code != http.StatusRequestEntityTooLarge {
 				t.Fatalf("status %d for what is no review: %v", code, err)
 			}
 			return
