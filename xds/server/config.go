@@ -104,13 +104,21 @@ const (
 	// MaxRequestBytes bounds one request. The longest is the first one after a reconnect: it lists a name and a version for
 	// everything that the client holds.
 	MaxRequestBytes = 4 << 20
+	// maxStreams bounds the calls under way on one connection, before anybody knows whose it is; an agent has one stream, and one call for its
+	// certificate.
+	maxStreams = 16
+	// maxHeaders bounds the metadata of a call: a token has some KiB, attest reads at most 16.
+	maxHeaders = 64 << 10
 )
 
-// ServerOptions are the limits that belong to the gRPC server: request size, and keepalives that find a dead sidecar within
+// ServerOptions are the limits that belong to the gRPC server: request size, streams and headers of one connection, and keepalives that find a dead sidecar within
 // 40 s. Responses have no limit, since a gate of 100,000 identities has 12 MB: who relays them must raise its own receive limit.
 func ServerOptions() []grpc.ServerOption { //nolint:revive // Options would be read as those of New
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(MaxRequestBytes),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.ConnectionTimeout(20 * time.Second), // until the handshake is done; gRPC's default is 120 s
 		// A sidecar's connection is idle nearly always, and its requests are short: 32 KiB for reading and as much for writing, which is
 		// gRPC's default, would be most of what a sidecar costs.
 		grpc.ReadBufferSize(2 << 10),
