@@ -69,7 +69,8 @@ type Config struct {
 	Listening func(agents, health net.Addr)
 }
 
-// reviewRate bounds TokenReviews per second: all agents come when a control plane starts, and have seconds of patience.
+// reviewRate bounds TokenReviews per second, and as many pods that are created: all agents come when a control plane starts, and have seconds of
+// patience.
 const reviewRate = 500
 
 // Run runs a replica until ctx ends, and then returns nil; nothing of it runs any more. An API server that is away is waited for.
@@ -119,8 +120,9 @@ func Run(ctx context.Context, cfg Config) error {
 	return parts.Wait()
 }
 
-// clients are those of one API server: what is watched does not wait behind what agents ask for.
-type clients struct{ watch, review kubernetes.Interface }
+// clients are those of one API server: what is watched does not wait behind what agents ask for, nor do pods that are created: anybody can have
+// tokens reviewed that are none.
+type clients struct{ watch, review, admit kubernetes.Interface }
 
 func clientsFor(api *rest.Config) (c clients, err error) {
 	watch := rest.CopyConfig(api)
@@ -131,8 +133,10 @@ func clientsFor(api *rest.Config) (c clients, err error) {
 	}
 	review := rest.CopyConfig(watch)
 	review.QPS, review.Burst = reviewRate, 2*reviewRate
-	if c.review, err = kubernetes.NewForConfig(review); err != nil {
-		return c, fmt.Errorf("client of the API server: %w", err)
+	for _, own := range []*kubernetes.Interface{&c.review, &c.admit} { // each with a rate limit of its own
+		if *own, err = kubernetes.NewForConfig(rest.CopyConfig(review)); err != nil {
+			return c, fmt.Errorf("client of the API server: %w", err)
+		}
 	}
 	return c, nil
 }
@@ -178,7 +182,7 @@ func (r *replica) admit(ctx context.Context, root *ca.CA) error {
 	if err != nil {
 		return fmt.Errorf("webhooks' port: %w", err)
 	}
-	return admission.Run(ctx, admission.Config{Settings: r.cfg.Settings, Client: r.clients.review, Authority: root, Listener: l, Log: r.cfg.Log})
+	return admission.Run(ctx, admission.Config{Settings: r.cfg.Settings, Client: r.clients.admit, Authority: root, Listener: l, Log: r.cfg.Log})
 }
 
 // run brings the cluster to the agents.
