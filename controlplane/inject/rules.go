@@ -14,12 +14,14 @@ import (
 
 // mighty are capabilities with which a container can take the redirect away, or send past it.
 var mighty = map[string]string{
-	"ALL":        "it can take the redirect to its sidecar away",
-	"NET_ADMIN":  "it can take the redirect to its sidecar away",
-	"NET_RAW":    "it can send packets past its sidecar",
-	"SYS_ADMIN":  "it can enter other namespaces and run past its sidecar",
-	"SYS_MODULE": "it can change the kernel",
-	"BPF":        "it can attach programs that pass its sidecar by",
+	"ALL":             "it can take the redirect to its sidecar away",
+	"NET_ADMIN":       "it can take the redirect to its sidecar away",
+	"NET_RAW":         "it can send packets past its sidecar",
+	"SYS_ADMIN":       "it can enter other namespaces and run past its sidecar",
+	"SYS_MODULE":      "it can change the kernel",
+	"SYS_RAWIO":       "it can change the kernel",
+	"DAC_READ_SEARCH": "it can read the node's files, other pods' keys among them",
+	"BPF":             "it can attach programs that pass its sidecar by",
 }
 
 // inspect finds what would defeat enforcement in a pod.
@@ -33,6 +35,7 @@ func inspect(pod *corev1.Pod, allowed map[string]bool) []Reason {
 		reasons = append(reasons, Reason{spec.Child("shareProcessNamespace").String(), "apps could reach into the sidecar's processes, where its key is", orAllow("remove it", names.AllowSharedProcesses)})
 	}
 	reasons = append(reasons, reservedVolumes(pod)...)
+	reasons = append(reasons, tokens(pod)...)
 	for i := range pod.Spec.InitContainers {
 		if c := &pod.Spec.InitContainers[i]; c.Name != names.Container { // that one is replaced
 			reasons = append(reasons, inspectContainer(pod, c, spec.Child("initContainers").Index(i), allowed)...)
@@ -127,6 +130,23 @@ func reservedVolumes(pod *corev1.Pod) (reasons []Reason) {
 		if reserved(v.Name) {
 			at := field.NewPath("spec", "volumes").Index(i).Child("name")
 			reasons = append(reasons, Reason{at.String(), "the name " + v.Name + " is the sidecar's", "give the volume another name"})
+		}
+	}
+	return reasons
+}
+
+// tokens refuses volumes of any other name with what proves to the control plane who the pod is: with that an app would get the pod's
+// certificate itself, and could speak for the pod without its sidecar.
+func tokens(pod *corev1.Pod) (reasons []Reason) {
+	for i, v := range pod.Spec.Volumes {
+		if v.Projected == nil || reserved(v.Name) { // those are the sidecar's, or refused by their name
+			continue
+		}
+		for j, s := range v.Projected.Sources {
+			if t := s.ServiceAccountToken; t != nil && t.Audience == names.TokenAudience {
+				at := field.NewPath("spec", "volumes").Index(i).Child("projected", "sources").Index(j).Child("serviceAccountToken", "audience")
+				reasons = append(reasons, Reason{at.String(), "a token for " + names.TokenAudience + " proves who the pod is, which only its sidecar is to do", "use another audience"})
+			}
 		}
 	}
 	return reasons
