@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/link"
@@ -87,7 +88,7 @@ func (e *enforcer) receive(queues map[int]chan *mantletv1.AgentMessage) error {
 			e.answered(m.GetAnswer())
 		case kind == 0 || m.GetRequest() == 0:
 			return errors.New("the pod's agent says nothing that is known")
-		case len(m.GetVerdicts())+len(m.GetPackets())+len(m.GetNetwork()) > large:
+		case proto.Size(m) > large:
 			if err := e.work(m); err != nil {
 				return err
 			}
@@ -125,11 +126,11 @@ func (e *enforcer) work(m *mantletv1.AgentMessage) error {
 func (e *enforcer) do(m *mantletv1.AgentMessage, r *mantletv1.NodeResult) error {
 	switch w := m.GetWhat().(type) {
 	case *mantletv1.AgentMessage_Network:
-		return e.kernel.applyNetwork(w.Network)
+		return bounded(w.Network, new(mantletv1.Network), e.kernel.applyNetwork)
 	case *mantletv1.AgentMessage_Verdicts:
-		return e.kernel.applyVerdicts(w.Verdicts)
+		return bounded(w.Verdicts, new(mantletv1.Verdicts), e.kernel.applyVerdicts)
 	case *mantletv1.AgentMessage_Packets:
-		return e.kernel.applyPackets(w.Packets)
+		return bounded(w.Packets, new(mantletv1.Packets), e.kernel.applyPackets)
 	case *mantletv1.AgentMessage_Check:
 		return e.kernel.Check()
 	case *mantletv1.AgentMessage_Flip:
@@ -138,6 +139,14 @@ func (e *enforcer) do(m *mantletv1.AgentMessage, r *mantletv1.NodeResult) error 
 		return e.reset(w.Destroy, r)
 	}
 	return errors.New("not known") // kindOf says that it is
+}
+
+// bounded applies what the control plane is said to have written, a message of m's type, unless it would take more memory than such are to.
+func bounded(b []byte, m proto.Message, apply func([]byte) error) error {
+	if err := link.Bounded(b, m); err != nil {
+		return err
+	}
+	return apply(b)
 }
 
 func (e *enforcer) flip(f *mantletv1.NodeFlip) error {

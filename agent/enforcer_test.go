@@ -100,6 +100,8 @@ func TestHostileAgent(t *testing.T) {
 		l := link.New(agent)
 		for i, m := range []*mantletv1.AgentMessage{
 			{What: &mantletv1.AgentMessage_Packets{Packets: []byte("x")}},
+			{What: &mantletv1.AgentMessage_Verdicts{Verdicts: bytes.Repeat([]byte{0x2a, 0}, link.MaxParts+1)}},
+			{What: &mantletv1.AgentMessage_Network{Network: bytes.Repeat([]byte{0x0a, 0}, link.MaxParts+1)}},
 			{What: &mantletv1.AgentMessage_Flip{Flip: &mantletv1.NodeFlip{Allowed: []*mantletv1.NodeEndpoint{{Address: []byte{1}}}}}},
 			{What: &mantletv1.AgentMessage_Flip{Flip: &mantletv1.NodeFlip{Allowed: []*mantletv1.NodeEndpoint{endpoint}, Denied: []*mantletv1.NodeEndpoint{endpoint}}}},
 			{What: &mantletv1.AgentMessage_Destroy{Destroy: &mantletv1.NodeSockets{Sockets: []*mantletv1.NodeSocket{{}}}}},

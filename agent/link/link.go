@@ -60,6 +60,9 @@ func (l *Link) Receive(m proto.Message) error {
 	if got, err := io.CopyN(&b, l.conn, int64(n)); err != nil {
 		return fmt.Errorf("link: a message ends after %d of %d bytes: %w", got, n, err)
 	}
+	if err := Bounded(b.Bytes(), m); err != nil {
+		return err
+	}
 	if err := proto.Unmarshal(b.Bytes(), m); err != nil {
 		return fmt.Errorf("link: %w", err)
 	}

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io"
 	"net/netip"
+	"runtime"
 	"strings"
 	"testing"
 
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
@@ -65,6 +67,7 @@ func TestRefused(t *testing.T) {
 		{"no message", frame([]byte{0xff, 0xff}), "link: "},
 		{"unknown field", frame([]byte{0xf8, 0x01, 0x01}), "not known"},
 		{"unknown field inside", frame(nested), "not known"},
+		{"too many in it", frame(empties(MaxParts)), "with 1048577 parts in it"},
 	} {
 		err := New(bytes.NewBuffer(c.wire)).Receive(new(mantletv1.AgentMessage))
 		if err == nil || !strings.Contains(err.Error(), c.want) {
@@ -76,6 +79,29 @@ func TestRefused(t *testing.T) {
 	} {
 		if got, err := AddrPort(e); err == nil {
 			t.Errorf("%v: %v", e, got)
+		}
+	}
+}
+
+// empties is a message with one that has that many empty ones.
+func empties(n int) []byte {
+	b := protowire.AppendTag(nil, 5, protowire.BytesType) // AgentMessage.flip
+	return append(protowire.AppendVarint(b, uint64(2*n)), bytes.Repeat([]byte{0x0a, 0}, n)...)
+}
+
+// What is read takes some times the memory that it takes on the way, and no more: it is the node's memory, and the pod's agent that writes.
+func TestMemory(t *testing.T) {
+	for _, n := range []int{MaxParts - 1, 2 * MaxParts} {
+		wire := frame(empties(n))
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		err := New(bytes.NewBuffer(wire)).Receive(new(mantletv1.AgentMessage))
+		runtime.ReadMemStats(&after)
+		if (err == nil) != (n < MaxParts) {
+			t.Errorf("%d messages: %v", n, err)
+		}
+		if took := int(after.TotalAlloc - before.TotalAlloc); took > 8*MaxMessage {
+			t.Errorf("%d messages take %d MiB", n, took>>20)
 		}
 	}
 }
