@@ -36,7 +36,7 @@ func parts(b []byte, d protoreflect.MessageDescriptor) (n int) {
 		case f.Message() != nil:
 			inner, _ := protowire.ConsumeBytes(b)
 			n += 1 + parts(inner, f.Message())
-		case f.Kind() == protoreflect.StringKind || f.Kind() == protoreflect.BytesKind:
+		case f.IsList():
 			n++
 		}
 		b = b[size:]
