@@ -2,10 +2,8 @@ package inject
 
 import (
 	"fmt"
-	"slices"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -72,26 +70,20 @@ func Verify(pod *corev1.Pod, ns Namespace, cfg Config) error {
 	if err != nil || got.Left != "" {
 		return err
 	}
-	want, have := &got.Pod.Spec.InitContainers[0], pod.Spec.InitContainers
+	have := pod.Spec.InitContainers
 	var why string
 	switch {
 	case len(have) == 0 || !HasSidecar(pod):
 		why = "the sidecar is missing"
 	case have[0].Name != names.Container:
 		why = "init containers would run before the sidecar"
-	case !sameEnforcement(&have[0], want):
-		why = "the sidecar is not the one that was injected"
 	default:
-		return nil
+		if why = tampered(pod, got.Pod); why == "" {
+			return nil
+		}
 	}
 	return &Refusal{Pod: podName(pod, ns), Reasons: []Reason{{
 		Field: "spec.initContainers", Text: why,
 		Hint: "something changed the pod after injection: order that webhook before Mantlet's, or let it leave " + names.Container + " alone",
 	}}}
-}
-
-// sameEnforcement compares what decides what a sidecar does. Others may add to the rest, such as environment and labels.
-func sameEnforcement(a, b *corev1.Container) bool {
-	return a.Image == b.Image && slices.Equal(a.Command, b.Command) && slices.Equal(a.Args, b.Args) &&
-		equality.Semantic.DeepEqual(a.SecurityContext, b.SecurityContext) && equality.Semantic.DeepEqual(a.StartupProbe, b.StartupProbe)
 }
