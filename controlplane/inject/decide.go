@@ -44,7 +44,7 @@ func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	if c.IsSystem(ns.Name) {
 		return false, nil
 	}
-	named := indexOf(pod.Spec.InitContainers, names.Container) >= 0
+	named := sidecarIn(pod.Spec.InitContainers) >= 0
 	switch v, ok := pod.Annotations[policy.InjectLabel]; {
 	case v == yes:
 		return true, nil

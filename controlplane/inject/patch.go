@@ -33,7 +33,7 @@ func (e *edit) op(op, path string, value any) {
 func (e *edit) first(c corev1.Container) {
 	const at = "/spec/initContainers"
 	list := e.pod.Spec.InitContainers
-	if i := indexOf(list, names.Container); i >= 0 {
+	if i := sidecarIn(list); i >= 0 {
 		c = keep(c, &list[i])
 	}
 	for i := len(list) - 1; i >= 0; i-- {
@@ -59,8 +59,9 @@ func (e *edit) first(c corev1.Container) {
 	e.pod.Spec.InitContainers = list
 }
 
-func indexOf(containers []corev1.Container, name string) int {
-	return slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == name })
+// sidecarIn is the place of the container with the sidecar's name; -1: there is none.
+func sidecarIn(containers []corev1.Container) int {
+	return slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == names.Container })
 }
 
 // mountable puts volumes there, in the place of those of the same name.

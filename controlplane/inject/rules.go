@@ -61,7 +61,7 @@ func InspectEphemeral(pod *corev1.Pod, ns Namespace) error {
 
 // HasSidecar reports whether a pod has the container that enforces.
 func HasSidecar(pod *corev1.Pod) bool {
-	i := indexOf(pod.Spec.InitContainers, names.Container)
+	i := sidecarIn(pod.Spec.InitContainers)
 	if i < 0 {
 		return false
 	}
@@ -123,7 +123,7 @@ func inspectContainer(pod *corev1.Pod, c *corev1.Container, at *field.Path, allo
 
 // reservedVolumes refuses volumes with the sidecar's names in a pod that has no sidecar yet; those of a sidecar are replaced.
 func reservedVolumes(pod *corev1.Pod) (reasons []Reason) {
-	if indexOf(pod.Spec.InitContainers, names.Container) >= 0 {
+	if sidecarIn(pod.Spec.InitContainers) >= 0 {
 		return nil
 	}
 	for i, v := range pod.Spec.Volumes {
