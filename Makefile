@@ -69,6 +69,10 @@ bench-guard: ## Fail where a change pushes, sends or allocates 15 % more than te
 bench-baseline:
 	$(GO) run ./test/bench -guard test/bench/baseline.json -accept
 
+.PHONY: bench-dataplane
+bench-dataplane: envoy ## Measure what a connection costs, with real Envoys beside each other: docs/performance/dataplane.md
+	$(GO) run ./test/dataplane -docs docs/performance
+
 .PHONY: vet
 vet: ## Run go vet
 	$(GO) vet ./...
