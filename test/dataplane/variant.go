@@ -82,7 +82,7 @@ const namespaces = `
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: strict, labels: {mantlet.dev/inject: enabled, mantlet.dev/mtls: strict}}}
 ---
-{apiVersion: v1, kind: Namespace, metadata: {name: crowd, labels: {mantlet.dev/inject: enabled, mantlet.dev/mtls: strict}}}
+{apiVersion: v1, kind: Namespace, metadata: {name: crowd, labels: {mantlet.dev/inject: enabled, mantlet.dev/mtls: permissive}}}
 `
 
 // crowdLabel numbers the pods of the namespace crowd: each is an identity of its own. They exist in the control plane's eyes only.
