@@ -128,7 +128,7 @@ func TestConclude(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
-	for _, args := range [][]string{{"-rounds", "0"}, {"-for", "1us"}, {"-o", "xml"}, {"-variants", "strict-1,strict-2"}, {"strict-1"}} {
+	for _, args := range [][]string{{"-rounds", "0"}, {"-for", "1us"}, {"-o", "xml"}, {"-variants", "strict-1,strict-2"}, {"-traffic", "rates"}, {"strict-1"}} {
 		if _, err := parse(args); err == nil {
 			t.Errorf("%v was accepted", args)
 		}

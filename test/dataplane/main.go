@@ -81,6 +81,7 @@ type options struct {
 	rounds   int
 	each     time.Duration
 	variants string
+	traffic  string
 	output   string
 	docs     string
 }
@@ -91,6 +92,7 @@ func parse(args []string) (options, error) {
 	flags.IntVar(&o.rounds, "rounds", 9, "rounds, of which the medians are taken")
 	flags.DurationVar(&o.each, "for", 500*time.Millisecond, "how long each kind of traffic goes through each variant in a round")
 	flags.StringVar(&o.variants, "variants", "", "variants by name, with commas; default: all")
+	flags.StringVar(&o.traffic, "traffic", "", "kinds of traffic by name, with commas; default: all")
 	flags.StringVar(&o.output, "o", "table", "table or json")
 	flags.StringVar(&o.docs, "docs", "", "folder that gets dataplane.md of docs/performance.md")
 	if err := flags.Parse(args); err != nil {
@@ -106,7 +108,8 @@ func parse(args []string) (options, error) {
 		return o, fmt.Errorf("-o %q: there are table and json", o.output)
 	}
 	_, err := choose(o.variants)
-	return o, err
+	_, terr := chooseSteps(o.traffic)
+	return o, errors.Join(err, terr)
 }
 
 // run measures, inside the enclosure, and reports.
@@ -128,6 +131,10 @@ func run(ctx context.Context, o options, b sandbox.Binaries, out io.Writer) erro
 }
 
 func measured(ctx context.Context, o options, chosen []variant, b sandbox.Binaries) (f figures, err error) {
+	traffic, err := chooseSteps(o.traffic)
+	if err != nil {
+		return f, err
+	}
 	before := load()
 	fmt.Fprintf(os.Stderr, "starting %d variants\n", len(chosen))
 	w, err := build(ctx, chosen, b)
@@ -135,7 +142,7 @@ func measured(ctx context.Context, o options, chosen []variant, b sandbox.Binari
 		return f, err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	m, err := w.measure(ctx, o.rounds, o.each, func(done, of int) { fmt.Fprintf(os.Stderr, "round %d of %d, load %s\n", done, of, load()) })
+	m, err := w.measure(ctx, o.rounds, o.each, traffic, func(done, of int) { fmt.Fprintf(os.Stderr, "round %d of %d, load %s\n", done, of, load()) })
 	if err != nil {
 		return f, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -26,6 +27,28 @@ var steps = []step{
 	{name: "bulk-8", kind: kindBulk, atOnce: 8},
 }
 
+// chooseSteps picks kinds of traffic by name, in their own order; "" is all.
+func chooseSteps(list string) ([]step, error) {
+	if list == "" {
+		return steps, nil
+	}
+	var out []step
+	var known []string
+	wanted := strings.Split(list, ",")
+	for _, s := range steps {
+		known = append(known, s.name)
+		if slices.Contains(wanted, s.name) {
+			out = append(out, s)
+		}
+	}
+	for _, w := range wanted {
+		if !slices.Contains(known, w) {
+			return nil, fmt.Errorf("-traffic: there is no %q\n  hint: there are %s", w, strings.Join(known, ", "))
+		}
+	}
+	return out, nil
+}
+
 // patience is how long one connection may take on a busy machine.
 const patience = 30 * time.Second
 
@@ -45,7 +68,7 @@ type resting struct {
 }
 
 // measure makes one round that does not count, which opens sessions and on-demand clusters, and then those that do.
-func (w *world) measure(ctx context.Context, rounds int, each time.Duration, progress func(done, of int)) (*measurement, error) {
+func (w *world) measure(ctx context.Context, rounds int, each time.Duration, traffic []step, progress func(done, of int)) (*measurement, error) {
 	m := &measurement{rounds: make([][]round, len(w.lanes))}
 	order := make([]int, len(w.lanes))
 	for i := range order {
@@ -56,7 +79,7 @@ func (w *world) measure(ctx context.Context, rounds int, each time.Duration, pro
 		for i := range got {
 			got[i] = round{}
 		}
-		for _, s := range steps {
+		for _, s := range traffic {
 			for _, i := range order {
 				if err := ctx.Err(); err != nil {
 					return nil, err

@@ -121,7 +121,7 @@ func absolute(f figures) table {
 		}
 		t.rows = append(t.rows, append(row, text))
 	}
-	return t
+	return withoutEmpty(t)
 }
 
 func (m memory) String() string {
