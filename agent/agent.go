@@ -211,11 +211,15 @@ func (a *agent) closeFiles() {
 // flowsPatience bounds how long the last flow records may take to be written.
 const flowsPatience = time.Second
 
+// envoyWindow is how many bytes Envoy may send ahead, on each stream and in all. It is fixed: to find a better one gRPC would answer what Envoy sends
+// with a ping, and a log entry for each connection is what Envoy sends.
+const envoyWindow = 1 << 20
+
 // run runs the parts. Envoy ends first, with all that it needs still there; then the rest ends in the order in which it is
 // no longer needed.
 func (a *agent) run(ctx context.Context, began time.Time) error {
 	defer a.closeFiles()
-	server := grpc.NewServer(grpc.ForceServerCodecV2(relay.Codec()))
+	server := grpc.NewServer(grpc.ForceServerCodecV2(relay.Codec()), grpc.StaticConnWindowSize(envoyWindow), grpc.StaticStreamWindowSize(envoyWindow))
 	a.relay.Register(server)
 	a.sds.Register(server)
 	a.flows.Register(server)

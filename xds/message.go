@@ -7,6 +7,7 @@ import (
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	accesslogdatav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	grpclogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
@@ -67,21 +68,27 @@ const flushAccessLog = 100 * time.Millisecond
 func accessLog(name string) []*accesslogv3.AccessLog {
 	c := logConfig(name)
 	c.BufferFlushInterval = durationpb.New(flushAccessLog)
-	return asLog(c)
+	return []*accesslogv3.AccessLog{asLog(c)}
 }
 
 // openLog tells the agent of connections as they begin, in time to cut one that was let pass a moment before policy changed. So nothing is
-// buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped.
+// buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped. Their ends are in no hurry:
+// they go the way of the other logs, many in one message.
 func openLog(chain string) []*accesslogv3.AccessLog {
-	c := logConfig(names.LogOpen)
-	c.BufferSizeBytes = wrapperspb.UInt32(0)
-	c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain))
+	begun, ended := logConfig(names.LogOpen), logConfig(names.LogOpen)
+	begun.BufferSizeBytes = wrapperspb.UInt32(0)
+	ended.BufferFlushInterval = durationpb.New(flushAccessLog)
+	always := ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways)
 	if chain == names.ChainNode {
-		c.CustomTags = append(c.CustomTags, literal(names.TagAlways, names.AlwaysAllowed))
-	} else {
-		c.CustomTags = append(c.CustomTags, ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways))
+		always = literal(names.TagAlways, names.AlwaysAllowed)
 	}
-	return asLog(c)
+	for _, c := range []*grpclogv3.CommonGrpcAccessLogConfig{begun, ended} {
+		c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain), always)
+	}
+	return []*accesslogv3.AccessLog{
+		asLog(begun, accesslogdatav3.AccessLogType_TcpUpstreamConnected),
+		asLog(ended, accesslogdatav3.AccessLogType_TcpConnectionEnd),
+	}
 }
 
 func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
@@ -97,11 +104,16 @@ func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
 	}
 }
 
-func asLog(c *grpclogv3.CommonGrpcAccessLogConfig) []*accesslogv3.AccessLog {
-	return []*accesslogv3.AccessLog{{
+// asLog makes a log of entries of some types; of all, where none is named.
+func asLog(c *grpclogv3.CommonGrpcAccessLogConfig, types ...accesslogdatav3.AccessLogType) *accesslogv3.AccessLog {
+	l := &accesslogv3.AccessLog{
 		Name:       c.LogName,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(&grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: c})},
-	}}
+	}
+	if len(types) > 0 {
+		l.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{Types: types}}}
+	}
+	return l
 }
 
 func literal(tag, value string) *tracingv3.CustomTag {

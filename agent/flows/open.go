@@ -31,12 +31,12 @@ type Connection struct {
 type Observer interface {
 	// Opened is called about a millisecond after the connection came about.
 	Opened(Connection)
-	// Closed is called when Envoy is done with it; its sockets may stay a while longer, until what was sent has arrived.
+	// Closed is called when Envoy is done with it, up to 100 ms later; its sockets may stay a while longer, until what was sent has arrived.
 	Closed(Connection)
 }
 
-// Observe has an Observer told of connections. Its methods are called by several goroutines; of one connection in order. It is for before
-// [Receiver.Register].
+// Observe has an Observer told of connections. Its methods are called by several goroutines; beginnings and ends come by streams of
+// their own, so that of a very short connection the end may be told first. It is for before [Receiver.Register].
 func (r *Receiver) Observe(o Observer) { r.observer = o }
 
 // observe hands on an entry of names.LogOpen.

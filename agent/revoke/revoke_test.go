@@ -203,6 +203,14 @@ func TestClosed(t *testing.T) {
 	if held() != 0 {
 		t.Errorf("%d in the table after all have ended", held())
 	}
+	w.Closed(p.Connection) // its end comes by another stream, and may overtake its beginning
+	w.Opened(p.Connection)
+	if w.sweep(); held() != 1 || len(w.cutRecords()) != 1 {
+		t.Errorf("%d in the table, %d cut in all", held(), len(w.cutRecords()))
+	}
+	if w.audit(); held() != 0 {
+		t.Errorf("%d in the table after all have ended", held())
+	}
 	w.Opened(p.Connection)
 	w.Forget()
 	if held() != 0 {
