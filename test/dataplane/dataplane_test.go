@@ -98,7 +98,7 @@ func TestSmall(t *testing.T) {
 
 // TestConclude: ratios are those of one round, whatever rounds have done to both sides.
 func TestConclude(t *testing.T) {
-	chosen := []variant{{plainPair, plaintext, 0}, {strictOne, strict, 1}, {"strict-10000", strict, 10_000}}
+	chosen := []variant{{name: plainPair, path: plaintext}, {name: strictOne, path: strict, admitted: 1}, {name: "strict-10000", path: strict, admitted: 10_000}}
 	m := &measurement{rest: make([]resting, 3), rounds: [][]round{
 		{{"rate": 1000, "cpu": 100}, {"rate": 100, "cpu": 1000}, {"rate": 500, "cpu": 200}},
 		{{"rate": 500, "cpu": 200}, {"rate": 40, "cpu": 2000}, {"rate": 300, "cpu": 300}},

@@ -65,6 +65,7 @@ var targets = []target{
 	{ratio: ratio{Metric: "connect-p50", Of: "strict-10000", To: strictOne}, AtMost: 1.10},
 	{ratio: ratio{Metric: "rate", Of: strictOne, To: plainPair}, AtLeast: 0.45},
 	{ratio: ratio{Metric: "rate", Of: linearOne, To: plainPair}, AtLeast: 0.45},
+	{ratio: ratio{Metric: "rate", Of: classicOne, To: plainPair}, AtLeast: 0.45},
 	{ratio: ratio{Metric: "bulk-1", Of: strictOne, To: plainPair}, AtLeast: 0.9},
 	{ratio: ratio{Metric: "bulk-8", Of: strictOne, To: plainPair}, AtLeast: 0.9},
 }

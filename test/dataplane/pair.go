@@ -44,6 +44,7 @@ type end struct {
 type endTLS struct {
 	Chain, Key, Bundle, TrustDomain string
 	Peer                            spiffeid.ID
+	Curves                          string // "": Envoy's own choice
 }
 
 // What the template needs to know of Mantlet and of the kernel.

@@ -82,7 +82,7 @@ func list(f figures) table {
 	for _, v := range f.Variants {
 		for _, base := range []string{linearOne, strictOne} {
 			kind, _, _ := strings.Cut(base, "-")
-			if v.Name == base || !strings.HasPrefix(v.Name, kind+"-") {
+			if v.Admitted <= 1 || !strings.HasPrefix(v.Name, kind+"-") {
 				continue
 			}
 			row := []string{v.Name}

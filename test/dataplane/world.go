@@ -195,6 +195,7 @@ func (w *world) pair(ctx context.Context, v variant, client, serving *netns.Pod,
 			if e.TLS, err = prove(w.sandbox.Authority(), own, peer, at); err != nil {
 				return nil, err
 			}
+			e.TLS.Curves = v.curves
 			e.Principals = principals(v.admitted, peer)
 		}
 		p, err := e.start(ctx, pods[i], envoy, at)
