@@ -31,7 +31,7 @@ func startApp(ctx context.Context, pod *netns.Pod, which string) (*app, error) {
 		return nil, errors.Join(err, theirIn.Close(), in.Close())
 	}
 	a := &app{pod: pod.Name(), in: in, out: out, orders: json.NewEncoder(in), replies: json.NewDecoder(out)}
-	a.process, err = pod.Start(ctx, netns.Command{
+	a.process, err = pod.Start(context.WithoutCancel(ctx), netns.Command{ // stop ends it, or its pod
 		Path: "/proc/self/exe", Args: []string{appArgument, which}, Stdin: theirIn, Stdout: theirOut, Stderr: os.Stderr, User: netns.App,
 	})
 	if err := errors.Join(err, theirIn.Close(), theirOut.Close()); err != nil {

@@ -78,9 +78,13 @@ func conclude(chosen []variant, m *measurement) figures {
 		for _, metric := range metrics {
 			var all []float64
 			for _, r := range m.rounds[i] {
-				all = append(all, r[metric.name])
+				if x := r[metric.name]; x > 0 {
+					all = append(all, x)
+				}
 			}
-			vf.Median[metric.name] = median(all)
+			if len(all) > 0 { // else it was not asked for, or nobody stands between the apps
+				vf.Median[metric.name] = median(all)
+			}
 		}
 		f.Variants = append(f.Variants, vf)
 	}

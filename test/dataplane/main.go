@@ -56,16 +56,20 @@ func fail(err error) {
 // agent is taken away again.
 func outside() (code int, err error) {
 	if os.Getenv("MANTLET_AGENT") == "" {
-		dir, err := os.MkdirTemp("", "mantlet-dataplane-")
-		if err != nil {
-			return 1, err
+		dir, terr := os.MkdirTemp("", "mantlet-dataplane-")
+		if terr != nil {
+			return 1, terr
 		}
-		defer os.RemoveAll(dir)
+		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 		agent := filepath.Join(dir, "mantlet-agent")
-		build := exec.Command("go", "build", "-trimpath", "-o", agent, "./cmd/mantlet-agent") //nolint:noctx // Ctrl-C reaches it too
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop() // twice does no harm: inside, signals are Reenter's to pass on
+		build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", agent, "./cmd/mantlet-agent")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			return 1, fmt.Errorf("build the agent: %w\n%s  hint: run this in the folder of go.mod", err, out)
+		out, failed := build.CombinedOutput()
+		stop()
+		if failed != nil {
+			return 1, fmt.Errorf("build the agent: %w\n%s  hint: run this in the folder of go.mod", failed, out)
 		}
 		if err := os.Setenv("MANTLET_AGENT", agent); err != nil {
 			return 1, err

@@ -63,8 +63,9 @@ type measurement struct {
 
 // resting is what was read once, at the end.
 type resting struct {
-	Envoy, Agent memory // of both ends together
-	Resumed      float64
+	Envoy   memory  `json:"envoy"` // of both ends together
+	Agent   memory  `json:"agent"`
+	Resumed float64 `json:"resumed"` // of the server's TLS sessions, from 0 to 1
 }
 
 // measure makes one round that does not count, which opens sessions and on-demand clusters, and then those that do.

@@ -75,8 +75,8 @@ func (e *end) start(ctx context.Context, pod *netns.Pod, envoy, dir string) (*pr
 	if err := os.WriteFile(file, text.Bytes(), 0o600); err != nil {
 		return nil, err
 	}
-	var log bytes.Buffer // read when the process has ended
-	p, err := pod.Start(ctx, netns.Command{
+	var log bytes.Buffer                                           // read when the process has ended
+	p, err := pod.Start(context.WithoutCancel(ctx), netns.Command{ // its pod ends it
 		Path: envoy, Env: []string{}, Dir: dir, Stderr: &log, User: netns.Root,
 		Args: []string{"--config-path", file, "--concurrency", "1", "--disable-hot-restart", "--drain-time-s", "1", "--log-level", "warning"},
 	})

@@ -132,7 +132,10 @@ func cpuTime(pid int) (time.Duration, error) {
 }
 
 // memory is what a process holds, in bytes: all that is resident, and of that what no file backs and no other process shares.
-type memory struct{ Resident, Private int64 }
+type memory struct {
+	Resident int64 `json:"resident"`
+	Private  int64 `json:"private"`
+}
 
 func memoryOf(pid int) (m memory, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

@@ -46,7 +46,7 @@ func tables(f figures) []table {
 func aims(f figures) table {
 	t := table{"Targets", [][]string{{"", "", "target", "median (least–greatest)", ""}}}
 	for _, a := range f.Targets {
-		t.rows = append(t.rows, []string{titleOf(a.Metric), a.Of + " / " + a.To, a.bound(), a.ratio.String(), a.verdict()})
+		t.rows = append(t.rows, []string{titleOf(a.Metric), a.Of + " / " + a.To, a.bound(), a.String(), a.verdict()})
 	}
 	return t
 }
