@@ -1,0 +1,71 @@
+package incluster
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/mantlet/mantlet/test/cluster/images"
+)
+
+// Images of a World, beside those that every cluster has.
+const (
+	Image  = "localhost/mantlet:test" // Mantlet's, as hack/image makes it
+	Client = "localhost/traffic:test" // cmd/traffic, whose arguments say what it does
+	Server = images.Agnhost           // serves its pod's name at /hostname with the arguments netexec, --http-port=8080
+)
+
+// build compiles Mantlet as `make build` does, so that what that made is taken from Go's cache, and returns the images' archives.
+func build(ctx context.Context, directory string) ([]string, error) {
+	root, err := sourceTree(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if directory, err = filepath.Abs(directory); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(directory, 0o755); err != nil {
+		return nil, err
+	}
+	envoy := os.Getenv("MANTLET_ENVOY")
+	if envoy == "" {
+		envoy = filepath.Join(root, ".cache", "envoy", "envoy")
+	}
+	if _, err := os.Stat(envoy); err != nil {
+		return nil, fmt.Errorf("no Envoy: %w\n  hint: make envoy", err)
+	}
+	err = gotool(ctx, root, "build", "-trimpath", "-o", directory+"/", "./cmd/mantlet", "./cmd/mantlet-agent", "./test/incluster/cmd/traffic")
+	if err != nil {
+		return nil, err
+	}
+	mantlet, client := filepath.Join(directory, "mantlet.tar"), filepath.Join(directory, "traffic.tar")
+	image := images.Image{Name: Client, Files: map[string]string{"/traffic": filepath.Join(directory, "traffic")}, Entrypoint: []string{"/traffic"}}
+	return []string{mantlet, client}, together(
+		func() error {
+			return gotool(ctx, root, "run", "./hack/image", "-bin", directory, "-envoy", envoy, "-name", Image, "-o", mantlet)
+		},
+		func() error { return image.Write(client) },
+	)
+}
+
+// sourceTree is where go.mod is.
+func sourceTree(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("find the source tree: %w", err)
+	}
+	return filepath.Dir(strings.TrimSpace(string(out))), nil
+}
+
+func gotool(ctx context.Context, directory string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = directory
+	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}

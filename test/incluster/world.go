@@ -1,0 +1,176 @@
+package incluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
+	"github.com/mantlet/mantlet/controlplane/status"
+	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/incluster/traffic"
+)
+
+// World is a cluster with Mantlet in it.
+type World struct {
+	Cluster *cluster.Cluster
+	Client  kubernetes.Interface
+	API     *rest.Config
+	mantlet string // the program
+}
+
+// Options say what Up makes.
+type Options struct {
+	// Directory gets what is built, and the cluster's state: about 2 GB. It must not exist, or be empty.
+	Directory string
+	// Values are for `mantlet install --set`, beside the image.
+	Values []string
+	Log    *slog.Logger
+}
+
+// nodes of a World: where a pod is makes a difference for services, and nodes can be drained.
+const nodes = 2
+
+// Up builds Mantlet as it is shipped, makes a cluster and installs it there. The cluster ends with the process, at the latest.
+func Up(ctx context.Context, o Options) (_ *World, err error) {
+	parts := filepath.Join(o.Directory, "build")
+	archives, err := build(ctx, parts)
+	if err != nil {
+		return nil, err
+	}
+	w := &World{mantlet: filepath.Join(parts, "mantlet")}
+	w.Cluster, err = cluster.Up(ctx, cluster.Options{
+		Directory: filepath.Join(o.Directory, "cluster"), Nodes: nodes, Images: archives, Life: cluster.WithProcess, Log: o.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.Down())
+		}
+	}()
+	if w.API, err = clientcmd.BuildConfigFromFlags("", w.Cluster.Kubeconfig()); err != nil {
+		return nil, err
+	}
+	w.API.QPS, w.API.Burst = 200, 400
+	if w.Client, err = kubernetes.NewForConfig(w.API); err != nil {
+		return nil, err
+	}
+	return w, w.install(ctx, o.Values)
+}
+
+// Down ends the cluster. Directory is the caller's to remove.
+func (w *World) Down() error { return w.Cluster.Down() }
+
+func (w *World) install(ctx context.Context, values []string) error {
+	args := []string{"install", "--set", "image=" + Image}
+	for _, v := range values {
+		args = append(args, "--set", v)
+	}
+	manifests, err := w.Mantlet(ctx, args...)
+	if err != nil {
+		return err
+	}
+	if _, err := w.Cluster.Kubectl(ctx, manifests.Out, "apply", "--server-side", "-f", "-"); err != nil {
+		return err
+	}
+	return w.AwaitControlPlane(ctx)
+}
+
+// AwaitControlPlane waits until all replicas are what the Deployment asks for, and ready.
+func (w *World) AwaitControlPlane(ctx context.Context) error {
+	_, err := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "rollout", "status", "deployment/"+names.Service, "--timeout=180s")
+	if err != nil {
+		logs, _ := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "logs", "deployment/"+names.Service, "--tail=20")
+		return fmt.Errorf("the control plane is not ready: %w\n%s", err, logs)
+	}
+	return nil
+}
+
+// Output is what a program wrote and its exit code.
+type Output struct {
+	Out, Err string
+	Code     int
+}
+
+// Mantlet runs the command mantlet as a user would, with the cluster's kubeconfig. An exit code other than 0 is an error, and in the Output too.
+func (w *World) Mantlet(ctx context.Context, args ...string) (o Output, err error) {
+	cmd := exec.CommandContext(ctx, w.mantlet, args...)
+	cmd.Env = append(cmd.Environ(), "KUBECONFIG="+w.Cluster.Kubeconfig())
+	var out, complaint strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	err = cmd.Run()
+	o = Output{Out: out.String(), Err: complaint.String(), Code: cmd.ProcessState.ExitCode()}
+	if err != nil {
+		err = fmt.Errorf("mantlet %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(o.Err))
+	}
+	return o, err
+}
+
+// Status is what `mantlet status -o json` says.
+func (w *World) Status(ctx context.Context) (s status.Status, err error) {
+	o, err := w.Mantlet(ctx, "status", "-o", "json")
+	if o.Out == "" { // where something is not in force it has an error, and says the status all the same
+		return s, err
+	}
+	return s, json.Unmarshal([]byte(o.Out), &s)
+}
+
+// Try connects from a pod, "namespace/name", whose first container is Client, once to each address in turn.
+func (w *World) Try(ctx context.Context, pod string, addresses ...string) ([]traffic.Attempt, error) {
+	namespace, name, _ := strings.Cut(pod, "/")
+	out, err := w.Cluster.Kubectl(ctx, "", slices.Concat([]string{"-n", namespace, "exec", name, "-c", "app", "--", "/traffic", "try"}, addresses)...)
+	if err != nil {
+		return nil, err
+	}
+	var all []traffic.Attempt
+	for lines := json.NewDecoder(strings.NewReader(out)); len(all) < len(addresses); {
+		var a traffic.Attempt
+		if err := lines.Decode(&a); err != nil {
+			return nil, fmt.Errorf("from %s to %q: %w: %q", pod, addresses, err, out)
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+// Await looks again and again until f has no error; what it said last is in the error.
+func Await(ctx context.Context, patience time.Duration, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for {
+		err := f(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("after %s: %w", patience, err)
+		case <-again.C:
+		}
+	}
+}
+
+// together runs all side by side.
+func together(all ...func() error) error {
+	var g errgroup.Group
+	for _, f := range all {
+		g.Go(f)
+	}
+	return g.Wait()
+}
