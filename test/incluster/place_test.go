@@ -59,7 +59,7 @@ func (p place) show(ctx context.Context) {
 	for _, args := range [][]string{
 		{"-n", p.name, "get", "pods", "-o", "wide"},
 		{"-n", p.name, "get", "events", "--sort-by=.lastTimestamp"},
-		{"-n", "mantlet-system", "logs", "--tail=30", "--prefix", "-l", "app.kubernetes.io/name=mantlet"},
+		{"-n", "mantlet-system", "logs", "--tail=15", "-l", "app.kubernetes.io/name=mantlet"},
 	} {
 		out, err := p.Cluster.Kubectl(ctx, "", args...)
 		p.Logf("kubectl %s\n%s%v", strings.Join(args, " "), out, err)
