@@ -52,7 +52,7 @@ func Up(ctx context.Context, o Options) (_ *World, err error) {
 	}
 	w := &World{mantlet: filepath.Join(parts, "mantlet")}
 	w.Cluster, err = cluster.Up(ctx, cluster.Options{
-		Directory: filepath.Join(o.Directory, "cluster"), Nodes: nodes, Images: archives, Life: cluster.WithProcess, Log: o.Log,
+		Directory: filepath.Join(o.Directory, "cluster"), Nodes: nodes, Family: cluster.DualStack, Images: archives, Life: cluster.WithProcess, Log: o.Log,
 	})
 	if err != nil {
 		return nil, err
