@@ -53,6 +53,14 @@ cluster-down: ## Remove that cluster
 cluster-binaries: ## Build what a cluster is made of, once: about 10 minutes on 2 cores
 	@$(CLUSTER) binaries >/dev/null
 
+.PHONY: test-cluster
+test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a cluster, as root: about 5 minutes; make test runs a part of them
+	MANTLET_CLUSTER=all $(GO) test -race -count=1 -timeout 40m $(TESTFLAGS) ./test/incluster
+
+.PHONY: cluster-speed
+cluster-speed: envoy build cluster-binaries ## Measure what Mantlet costs on a cluster, as root; writes docs/kubernetes-speed.md
+	$(GO) run ./test/incluster/cmd/speed -out docs/kubernetes-speed.md
+
 .PHONY: soak
 soak: envoy cc ## Run edits, kills and restarts under load for SOAK; SOAKBUILD=-trimpath: agents as shipped
 	$(GO) test -race -count=1 -v -timeout 0 ./test/soak -soak $(SOAK) -agent-build=$(SOAKBUILD)

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroup is the path, in each hierarchy, of a machine's cgroup. No other cluster's is the same, whatever has become of it.
-func (m *Machine) cgroup() string {
+// Cgroup is the path, in each hierarchy, of a machine's cgroup. No other cluster's is the same, whatever has become of it.
+func (m *Machine) Cgroup() string {
 	return fmt.Sprintf("/mantlet-%s-%d-%d", m.Name, m.Init.PID, m.Init.Start)
 }
 

@@ -233,7 +233,7 @@ func (c *Cluster) Down() error {
 func (c *Cluster) end() error {
 	var all errgroup.Group
 	for _, m := range c.state.Nodes {
-		all.Go(func() error { return errors.Join(m.Init.kill(), removeCgroups(m.cgroup())) })
+		all.Go(func() error { return errors.Join(m.Init.kill(), removeCgroups(m.Cgroup())) })
 	}
 	errs := []error{all.Wait()}
 	if control := c.state.Control; control != nil {

@@ -187,8 +187,8 @@ func testDown(t *testing.T, c *Cluster) {
 	}
 	for _, h := range hierarchies {
 		for _, m := range machines {
-			if exists(filepath.Join(h, m.cgroup())) {
-				t.Errorf("cgroup left: %s", filepath.Join(h, m.cgroup()))
+			if exists(filepath.Join(h, m.Cgroup())) {
+				t.Errorf("cgroup left: %s", filepath.Join(h, m.Cgroup()))
 			}
 		}
 	}

@@ -125,15 +125,15 @@ func TestSweep(t *testing.T) {
 	ended := &Machine{Name: "test", Init: Task{PID: own.PID, Start: own.Start - 1}}
 	for _, m := range []*Machine{lives, ended} {
 		t.Cleanup(func() {
-			if err := removeCgroups(m.cgroup()); err != nil {
+			if err := removeCgroups(m.Cgroup()); err != nil {
 				t.Error(err)
 			}
 		})
-		if err := makeCgroups(m.cgroup()); err != nil {
+		if err := makeCgroups(m.Cgroup()); err != nil {
 			t.Fatal(err)
 		}
 		for _, h := range all {
-			if err := os.MkdirAll(filepath.Join(h, m.cgroup(), "kubepods", "pod"), 0o755); err != nil {
+			if err := os.MkdirAll(filepath.Join(h, m.Cgroup(), "kubepods", "pod"), 0o755); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -142,8 +142,8 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, h := range all {
-		if !exists(filepath.Join(h, lives.cgroup())) || exists(filepath.Join(h, ended.cgroup())) {
-			t.Errorf("%s: of a machine that lives: %v, of one that has ended: %v", h, exists(filepath.Join(h, lives.cgroup())), exists(filepath.Join(h, ended.cgroup())))
+		if !exists(filepath.Join(h, lives.Cgroup())) || exists(filepath.Join(h, ended.Cgroup())) {
+			t.Errorf("%s: of a machine that lives: %v, of one that has ended: %v", h, exists(filepath.Join(h, lives.Cgroup())), exists(filepath.Join(h, ended.Cgroup())))
 		}
 	}
 }

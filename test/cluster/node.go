@@ -35,7 +35,7 @@ func (c *Cluster) startNode(ctx context.Context, i int, archives []string, life 
 	if err := network.connectNode(c.state.Control, node, host); err != nil {
 		return err
 	}
-	if err := makeCgroups(node.cgroup()); err != nil {
+	if err := makeCgroups(node.Cgroup()); err != nil {
 		return err
 	}
 	addresses := network.addresses(host)
@@ -90,7 +90,7 @@ func (c *Cluster) configure(node *Machine, addresses []netip.Addr) error {
 		return err
 	}
 	values := map[string]any{
-		"Name": node.Name, "CgroupRoot": node.cgroup(), "Address": addresses[0], "DNS": c.state.Network.dns(), "Pods": commas(c.state.Network.pods()),
+		"Name": node.Name, "CgroupRoot": node.Cgroup(), "Address": addresses[0], "DNS": c.state.Network.dns(), "Pods": commas(c.state.Network.pods()),
 		"Plugins": filepath.Dir(c.paths["bridge"]), "Runc": c.paths["runc"], "Pause": images.Pause, "PKI": c.authority.directory, "Directory": c.of(node.Name),
 	}
 	for _, file := range []string{"containerd.toml", "kubelet.yaml", "kube-proxy.yaml", "resolv.conf"} {

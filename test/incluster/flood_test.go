@@ -24,13 +24,20 @@ func (p place) flood(name, more string, addresses ...string) *flood {
 	p.Helper()
 	p.apply(flooding(name, more, addresses...))
 	p.ready("pod/" + name)
+	f := &flood{place: p, pod: name, addresses: addresses}
+	f.log = f.logOf(name)
+	return f
+}
+
+// logOf is where the node has what a pod's app writes.
+func (p place) logOf(name string) string {
+	p.Helper()
 	pod := p.pod(name)
 	node, err := p.Cluster.Machine(pod.Spec.NodeName)
 	if err != nil {
 		p.Fatal(err)
 	}
-	log := filepath.Join(node.Root(), "var/log/pods", fmt.Sprintf("%s_%s_%s", p.name, name, pod.UID), "app", "0.log")
-	return &flood{place: p, pod: name, log: log, addresses: addresses}
+	return filepath.Join(node.Root(), "var/log/pods", fmt.Sprintf("%s_%s_%s", p.name, name, pod.UID), "app", "0.log")
 }
 
 // tallies are the last ones, by address.

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// distribution is a list of times, in the order in which they were taken.
+type distribution []time.Duration
+
+// at is a quantile: the smallest time that so many are not above.
+func (d distribution) at(q float64) time.Duration {
+	sorted := slices.Sorted(slices.Values(d))
+	return sorted[max(0, min(len(sorted)-1, int(q*float64(len(sorted)))))]
+}
+
+func (d distribution) String() string {
+	return fmt.Sprintf("median %s, p99 %s, max %s", ms(d.at(.5)), ms(d.at(.99)), ms(d.at(1)))
+}
+
+func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }
+
+// machine is what the figures were taken on. Loads are the three averages of /proc/loadavg.
+type machine struct{ Kernel, Before, After string }
+
+func thisMachine() machine {
+	var u unix.Utsname
+	_ = unix.Uname(&u) // it cannot fail with a valid pointer
+	return machine{Kernel: unix.ByteSliceToString(u.Release[:]), Before: load()}
+}
+
+func load() string {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "unknown"
+	}
+	return strings.Join(strings.Fields(string(text))[:3], ", ")
+}
+
+// document is docs/kubernetes-speed.md.
+type document struct {
+	Options options
+	Machine machine
+	Starts  starts
+	Writes  writes
+	Idle    idle
+}
+
+func (d document) text() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `# What Mantlet costs in a cluster
+
+Written by `+"`make cluster-speed`"+` (test/incluster/cmd/speed): a cluster of two nodes, kube-apiserver and etcd included, on one machine with %d CPUs (%s,
+Linux %s). Load averages: %s before, %s after; where they are high before, others used the machine, and times are longer for it.
+
+| | measured | aim |
+| --- | --- | --- |
+`, runtime.NumCPU(), runtime.GOARCH, d.Machine.Kernel, d.Machine.Before, d.Machine.After)
+	difference := d.Starts.difference()
+	row := func(what, measured, aim string) { fmt.Fprintf(&b, "| %s | %s | %s |\n", what, measured, aim) }
+	row("Pod ready with sidecar minus without, median", ms(difference.at(.5)), "under 1000 ms")
+	row("API write of a NetworkPolicy to the last ACK, median", ms(d.Writes.ToACK.at(.5)), "under 15 ms")
+	row("the same, p99", ms(d.Writes.ToACK.at(.99)), "under 50 ms")
+	row("Private memory of an idle agent, median", megabytes(d.Idle.Agent.Private), "under 20 MB")
+	row("Private memory of an idle Envoy, median", megabytes(d.Idle.Envoy.Private), "")
+	row("both", fmt.Sprintf("%.1f MB", middle(d.Idle.Agent.Private)+middle(d.Idle.Envoy.Private)), "under 40 MB")
+	row("CPU of an idle agent, mean", millicores(d.Idle.Agent.CPU), "")
+	row("CPU of an idle Envoy, mean", millicores(d.Idle.Envoy.CPU), "")
+	row("both", fmt.Sprintf("%.2f millicores", mean(d.Idle.Agent.CPU)+mean(d.Idle.Envoy.CPU)), "under 5 millicores")
+
+	fmt.Fprintf(&b, `
+## Pods
+
+%d pairs, by turns, one pod at a time, from the call that creates the pod to the event that says it is ready; images are on the nodes.
+
+| | median | min | max |
+| --- | --- | --- | --- |
+`, len(difference))
+	for _, r := range []struct {
+		what string
+		d    distribution
+	}{{"with sidecar", d.Starts.With}, {"without", d.Starts.Without}, {"difference of each pair", difference}} {
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", r.what, ms(r.d.at(.5)), ms(r.d.at(0)), ms(r.d.at(1)))
+	}
+
+	fmt.Fprintf(&b, `
+## Policies
+
+%d writes, one after the other has come to rest, with %d sidecars connected to two replicas. Each takes one peer of one app's policy in or out, and is for at
+least %d sidecars: those of the app's pods, and of those that use them. The end is the time at which a replica had the last of their ACKs.
+
+| | median | p90 | p99 | max |
+| --- | --- | --- | --- | --- |
+`, len(d.Writes.ToACK), d.Writes.Sidecars, d.Writes.Affected)
+	for _, r := range []struct {
+		what string
+		d    distribution
+	}{{"to the API server's answer", d.Writes.Written}, {"to the last ACK", d.Writes.ToACK}} {
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", r.what, ms(r.d.at(.5)), ms(r.d.at(.9)), ms(r.d.at(.99)), ms(r.d.at(1)))
+	}
+
+	fmt.Fprintf(&b, `
+## Idle
+
+Nothing happens for %s. Private and shared memory are those of smaps_rollup; pages of the binaries are shared by all that run on a node.
+
+| | processes | private: median, max | shared: median | CPU: mean, max |
+| --- | --- | --- | --- | --- |
+`, d.Options.Idle())
+	for _, r := range []struct {
+		what string
+		u    usage
+	}{{"agent", d.Idle.Agent}, {"Envoy", d.Idle.Envoy}, {"replica of the control plane", d.Idle.Replica}} {
+		fmt.Fprintf(&b, "| %s | %d | %s, %.1f MB | %s | %s, %.2f |\n", r.what, r.u.Count, megabytes(r.u.Private), slices.Max(r.u.Private), megabytes(r.u.Shared),
+			millicores(r.u.CPU), slices.Max(r.u.CPU))
+	}
+	return b.String()
+}
+
+// Idle is how long nothing happened.
+func (o options) Idle() string { return fmt.Sprintf("%.0f s", o.idle.Seconds()) }
+
+func megabytes(list []float64) string { return fmt.Sprintf("%.1f MB", middle(list)) }
+
+func millicores(list []float64) string { return fmt.Sprintf("%.2f millicores", mean(list)) }
+
+func middle(list []float64) float64 {
+	sorted := slices.Sorted(slices.Values(list))
+	return sorted[len(sorted)/2]
+}
+
+func mean(list []float64) (sum float64) {
+	for _, x := range list {
+		sum += x / float64(len(list))
+	}
+	return sum
+}
