@@ -156,6 +156,11 @@ func policies(reports []Report, pods map[string]present) (list []PolicyStatus) {
 			}
 			ps.note(is)
 		}
+		for _, r := range reports {
+			if has := held[r.Replica][name]; has.UID != p.UID || has.Generation != p.Generation {
+				ps.Behind = append(ps.Behind, r.Replica)
+			}
+		}
 		ps.judge()
 		list = append(list, ps)
 	}
@@ -191,6 +196,8 @@ func (ps *PolicyStatus) note(is present) {
 
 func (ps *PolicyStatus) judge() {
 	switch {
+	case ps.InForce == ps.Pods && len(ps.Behind) > 0:
+		ps.State = NotEverywhere
 	case ps.InForce == ps.Pods:
 		ps.State = InForce
 	case len(ps.Elsewhere[Refused]) > 0:

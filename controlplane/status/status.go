@@ -59,6 +59,7 @@ type PolicyStatus struct {
 	InForce    int                 `json:"inForce"`
 	Elsewhere  map[State][]string  `json:"elsewhere,omitempty"` // the other pods
 	Reasons    map[string][]string `json:"reasons,omitempty"`   // why sidecars refused it: the pods, by reason
+	Behind     []string            `json:"behind,omitempty"`    // replicas that hold another version: by it they tell their sidecars whom these may reach
 	Problems   []string            `json:"problems,omitempty"`  // what is wrong in it, and so closed
 }
 

@@ -142,6 +142,10 @@ func (ps PolicyStatus) Summary() string {
 			parts = append(parts, fmt.Sprintf("%s %s %s (%s)", count(len(pods), "pod"), of.verb[min(len(pods)-1, 1)], of.what, named(pods)))
 		}
 	}
+	if len(ps.Behind) > 0 {
+		verb := [2]string{"has", "have"}[min(len(ps.Behind)-1, 1)]
+		parts = append(parts, fmt.Sprintf("%s %s another version (%s)", count(len(ps.Behind), "replica"), verb, named(ps.Behind)))
+	}
 	for _, p := range ps.Problems {
 		parts = append(parts, "closed for what is invalid: "+p)
 	}
