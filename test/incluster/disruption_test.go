@@ -22,6 +22,20 @@ func (p place) contest(replicas int, more string) (friend, foe *flood) {
 	return friend, foe
 }
 
+// flip writes a policy that admits the foe and not the friend. Once it is in force the friend gets nowhere; that it is told so by connect() itself,
+// and that the foe is let through by its own sidecar, is up to what these two sidecars are told then.
+func (p place) flip(friend, foe *flood, why string) {
+	p.Helper()
+	p.apply(admit("api", "foe"))
+	p.inForce("api")
+	mark := friend.more(settled)
+	friend.becomes(why, traffic.Refused)
+	foe.becomes(why, traffic.Reached)
+	friend.never(why, mark, traffic.Reached)
+	friend.since(why, friend.more(0), 20, traffic.Refused)
+	foe.since(why, foe.more(0), 20, traffic.Reached)
+}
+
 // While no API server runs everything goes on as it was, and what is written when there is one again takes effect.
 func TestAPIServerRestart(t *testing.T) {
 	w := extra(t)
@@ -36,10 +50,7 @@ func TestAPIServerRestart(t *testing.T) {
 	if err := w.Cluster.StartAPIServer(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	p.apply(admit("api", "foe"))
-	p.inForce("api")
-	foe.since("the policy written afterwards", foe.more(settled), 20, traffic.Reached)
-	friend.since("the policy written afterwards", friend.more(settled), 20, traffic.Refused)
+	p.flip(friend, foe, "the policy written afterwards")
 	p.apply(client("late", ""))
 	p.ready("pod/late")
 	p.want("a pod that came afterwards", "late", traffic.Refused, friend.addresses...)
@@ -74,10 +85,7 @@ func TestRollingUpgrade(t *testing.T) {
 	p.want("a pod that came meanwhile", "meanwhile", traffic.Refused, friend.addresses...)
 	friend.since("all replicas replaced", admitted, 50, traffic.Reached)
 	foe.since("all replicas replaced", denied, 50, traffic.Refused)
-	p.apply(admit("api", "foe"))
-	p.inForce("api")
-	foe.since("a policy written afterwards", foe.more(settled), 20, traffic.Reached)
-	friend.since("a policy written afterwards", friend.more(settled), 20, traffic.Refused)
+	p.flip(friend, foe, "a policy written afterwards")
 }
 
 // servedByOthers is nil when all sidecars of a namespace are connected to replicas that are not the old ones.

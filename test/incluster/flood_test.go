@@ -86,6 +86,37 @@ func (f *flood) more(n int) map[string]traffic.Tally {
 // settled is how many attempts have to pass so that all that come were begun after the call: attempts at one address follow each other.
 const settled = 3
 
+// becomes waits until attempts at all addresses come out as they are to.
+func (f *flood) becomes(why string, want traffic.Outcome) {
+	f.Helper()
+	err := Await(f.Context(), patience, func(context.Context) error {
+		now, err := f.tallies()
+		if err != nil {
+			return err
+		}
+		for _, to := range f.addresses {
+			if lately := now[to].Lately; len(lately) == 0 || lately[len(lately)-1].Outcome != want {
+				return fmt.Errorf("to %s: %+v", to, lately)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		f.Errorf("%s: from %s: want %s: %v", why, f.pod, want, err)
+	}
+}
+
+// never wants no attempt since mark to have come out so.
+func (f *flood) never(why string, mark map[string]traffic.Tally, bad traffic.Outcome) {
+	f.Helper()
+	now := f.more(settled)
+	for _, to := range f.addresses {
+		if n := now[to].Outcomes[bad] - mark[to].Outcomes[bad]; n > 0 {
+			f.Errorf("%s: from %s to %s: %s %d times: %+v", why, f.pod, to, bad, n, now[to])
+		}
+	}
+}
+
 // since tries n times more, and wants all that was tried since mark to be as it is to be.
 func (f *flood) since(why string, mark map[string]traffic.Tally, n int, want traffic.Outcome) {
 	f.Helper()

@@ -76,7 +76,7 @@ func TestStatusTellsOfPodsWithoutSidecar(t *testing.T) {
 	p := newPlace(t, w, "bare", "mantlet.dev/inject=disabled")
 	p.apply(client("db", ""), admit("db", "web"))
 	p.ready("pod/db")
-	o, err := w.Mantlet(t.Context(), "status", "--wait", "bare/db", "--timeout", "2s")
+	o, err := w.Mantlet(t.Context(), "status", "--wait", "bare/db", "--timeout", "6s")
 	if err == nil || o.Code != 1 || !strings.Contains(o.Err, "no sidecar") {
 		t.Errorf("exit code %d, %v, want 1 and why: %q", o.Code, err, o.Err)
 	}
