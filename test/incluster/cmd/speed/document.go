@@ -26,13 +26,17 @@ func (d distribution) String() string {
 
 func ms(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000) }
 
-// machine is what the figures were taken on. Loads are the three averages of /proc/loadavg.
-type machine struct{ Kernel, Before, After string }
+// machine is what the figures were taken on. Loads are the three averages of /proc/loadavg; Nice is what all of the cluster ran with.
+type machine struct {
+	Kernel, Before, After string
+	Nice                  int
+}
 
 func thisMachine() machine {
 	var u unix.Utsname
-	_ = unix.Uname(&u) // it cannot fail with a valid pointer
-	return machine{Kernel: unix.ByteSliceToString(u.Release[:]), Before: load()}
+	_ = unix.Uname(&u)                               // it cannot fail with a valid pointer
+	raw, _ := unix.Getpriority(unix.PRIO_PROCESS, 0) // nor this of the calling process: 20 minus its nice value (getpriority(2))
+	return machine{Kernel: unix.ByteSliceToString(u.Release[:]), Before: load(), Nice: 20 - raw}
 }
 
 func load() string {
@@ -57,11 +61,11 @@ func (d document) text() string {
 	fmt.Fprintf(&b, `# What Mantlet costs in a cluster
 
 Written by `+"`make cluster-speed`"+` (test/incluster/cmd/speed): a cluster of two nodes, kube-apiserver and etcd included, on one machine with %d CPUs (%s,
-Linux %s). Load averages: %s before, %s after; where they are high before, others used the machine, and times are longer for it.
+Linux %s). Load averages: %s before, %s after, everything with nice %d: where others used the machine, times are longer for it.
 
 | | measured | aim |
 | --- | --- | --- |
-`, runtime.NumCPU(), runtime.GOARCH, d.Machine.Kernel, d.Machine.Before, d.Machine.After)
+`, runtime.NumCPU(), runtime.GOARCH, d.Machine.Kernel, d.Machine.Before, d.Machine.After, d.Machine.Nice)
 	difference := d.Starts.difference()
 	row := func(what, measured, aim string) { fmt.Fprintf(&b, "| %s | %s | %s |\n", what, measured, aim) }
 	row("Pod ready with sidecar minus without, median", ms(difference.at(.5)), "under 1000 ms")
@@ -112,7 +116,7 @@ Nothing happens for %s. Private and shared memory are those of smaps_rollup; pag
 
 | | processes | private: median, max | shared: median | CPU: mean, max |
 | --- | --- | --- | --- | --- |
-`, d.Options.Idle())
+`, d.Options.idle)
 	for _, r := range []struct {
 		what string
 		u    usage
@@ -122,9 +126,6 @@ Nothing happens for %s. Private and shared memory are those of smaps_rollup; pag
 	}
 	return b.String()
 }
-
-// Idle is how long nothing happened.
-func (o options) Idle() string { return fmt.Sprintf("%.0f s", o.idle.Seconds()) }
 
 func megabytes(list []float64) string { return fmt.Sprintf("%.1f MB", middle(list)) }
 
