@@ -19,6 +19,7 @@ type bench struct {
 	ctx       context.Context
 	shape     string
 	n         int
+	profile   string // folder; "": none
 	world     *world
 	changed   change // since the shape's own objects
 	authority *ca.CA
@@ -29,10 +30,10 @@ type bench struct {
 	loaded    sample // how the control plane took the objects over, with nobody connected
 }
 
-func newBench(ctx context.Context, shape string, n int) (*bench, error) {
-	b := &bench{ctx: ctx, shape: shape, n: n, fleet: map[string]*simulated{}}
+func newBench(ctx context.Context, o options) (*bench, error) {
+	b := &bench{ctx: ctx, shape: o.shape, n: o.n, profile: o.profile, fleet: map[string]*simulated{}}
 	var err error
-	if b.world, err = newWorld(shape, n); err != nil {
+	if b.world, err = newWorld(o.shape, o.n); err != nil {
 		return nil, err
 	}
 	if b.authority, err = ca.New(ca.Config{TrustDomain: trustDomain}); err != nil {
@@ -59,7 +60,7 @@ func (b *bench) start(listen string) error {
 	if err != nil {
 		return err
 	}
-	c := planeConfig{Shape: b.shape, N: b.n, Listen: listen, CA: material, History: history}
+	c := planeConfig{Shape: b.shape, N: b.n, Listen: listen, CA: material, History: history, Profile: b.profile}
 	if b.plane, err = startPlane(c); err != nil {
 		return err
 	}
@@ -117,33 +118,10 @@ func (b *bench) await(arrivals <-chan arrival, n int) ([]time.Duration, error) {
 	return out, nil
 }
 
-// settle waits until nothing is on its way any more: the server has an answer for each response, and three looks in a row find the same
-// counts.
+// settle waits until nothing is on its way any more, and returns what the control plane has used and sent so far.
 func (b *bench) settle() (figures, error) {
-	look := time.NewTicker(5 * time.Millisecond)
-	defer look.Stop()
-	var last figures
-	same := 0
-	for began := clock(); clock()-began < patience; {
-		f, err := b.plane.figures()
-		if err != nil {
-			return f, err
-		}
-		if f.Responses == last.Responses && f.Answers == f.Responses {
-			same++
-		} else {
-			same = 0
-		}
-		if last = f; same == 3 {
-			return f, nil
-		}
-		select {
-		case <-look.C:
-		case <-b.ctx.Done():
-			return f, b.ctx.Err()
-		}
-	}
-	return last, fmt.Errorf("%d responses and %d answers after %s: they do not come to rest", last.Responses, last.Answers, patience)
+	r, err := b.plane.do(command{Op: "settle"})
+	return r.Figures, err
 }
 
 // verify holds every sidecar against what it must hold.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -48,7 +47,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags.StringVar(&o.shape, "shape", shapeSpread, shapeSpread+", "+shapeOne+" or "+shapeLarge)
 	flags.StringVar(&o.workload, "workload", "", "one workload; default: all")
 	flags.StringVar(&o.output, "o", "table", "table or json (one object for each workload)")
-	flags.StringVar(&o.profile, "profile", "", "folder for a CPU profile of the control plane for each workload")
+	flags.StringVar(&o.profile, "profile", "", "folder for profiles (CPU, heap, classes of memory) of the control plane for each workload")
 	flags.StringVar(&o.guard, "guard", "", "file of counts that must not be exceeded by more than 15 %")
 	flags.BoolVar(&o.accept, "accept", false, "with -guard: write the file")
 	flags.StringVar(&o.docs, "docs", "", "folder that gets the table and the plots of docs/performance.md")
@@ -73,7 +72,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 
 // all runs the workloads that are asked for, in one cluster, and reports each.
 func all(ctx context.Context, o options, report func(sample) error) (err error) {
-	names := []string{"load", "cold-start"}
+	names := []string{"compile", "load", "cold-start"}
 	var chosen []workload
 	for _, w := range workloads {
 		names = append(names, w.name)
@@ -81,10 +80,19 @@ func all(ctx context.Context, o options, report func(sample) error) (err error) 
 			chosen = append(chosen, w)
 		}
 	}
-	if len(chosen) == 0 && o.workload != "cold-start" && o.workload != "load" {
+	if len(chosen) == 0 && !slices.Contains(names[:3], o.workload) {
 		return fmt.Errorf("workload %q: there are %s", o.workload, strings.Join(names, ", "))
 	}
-	b, err := newBench(ctx, o.shape, o.n)
+	if o.workload == "compile" || o.workload == "" && o.shape == shapeLarge {
+		s, err := compile(o)
+		if err == nil {
+			err = report(s)
+		}
+		if err != nil || o.workload == "compile" {
+			return err
+		}
+	}
+	b, err := newBench(ctx, o)
 	if err != nil {
 		return err
 	}
@@ -130,11 +138,7 @@ func profiled(b *bench, o options, name string, run func() (sample, error)) (sam
 		s.Workload = name
 		return s, err
 	}
-	file, err := filepath.Abs(filepath.Join(o.profile, name+".cpu"))
-	if err != nil {
-		return sample{}, err
-	}
-	if _, err := b.plane.do(command{Op: "profile", Profile: file}); err != nil {
+	if _, err := b.plane.do(command{Op: "profile", Profile: o.profile, Name: name}); err != nil {
 		return sample{}, err
 	}
 	s, err := run()

@@ -8,8 +8,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
-	"runtime/pprof"
 	"strings"
 	"time"
 
@@ -31,13 +29,17 @@ type planeConfig struct {
 	Listen  string       `json:"listen"` // host:port; port 0: any
 	CA      ca.Material  `json:"ca"`
 	History []stepParcel `json:"history"` // what has changed of the objects that the shape has
+	Profile string       `json:"profile"` // folder for a profile of how the objects are taken over; "": none
+
+	IndexOnly bool `json:"index_only"` // compile, and serve nobody
 }
 
 // command is what it is told later, and reply what it answers to each. A change is prepared first, so that reading it is not measured.
 type command struct {
-	Op      string       `json:"op"` // "prepare", "write", "figures", "memory", "profile", "stop-profile"
+	Op      string       `json:"op"` // "prepare", "write", "settle", "memory", "profile", "stop-profile"
 	Steps   []stepParcel `json:"steps"`
-	Profile string       `json:"profile"` // file
+	Profile string       `json:"profile"` // folder
+	Name    string       `json:"name"`    // of the profile
 }
 
 type stepParcel struct {
@@ -62,6 +64,13 @@ func runPlane(in io.Reader, out io.Writer) error {
 	var c planeConfig
 	if err := commands.Decode(&c); err != nil {
 		return err
+	}
+	if c.IndexOnly {
+		r, err := runIndex(c)
+		if err != nil {
+			r.Error = err.Error()
+		}
+		return replies.Encode(r)
 	}
 	p, err := newPlane(c)
 	if err != nil {
@@ -95,7 +104,7 @@ type plane struct {
 	stop     func()
 	loaded   time.Duration
 	loadCPU  time.Duration
-	profile  *os.File
+	profile  profile
 	prepared change
 }
 
@@ -117,11 +126,18 @@ func newPlane(c planeConfig) (*plane, error) {
 		return nil, err
 	}
 	p := &plane{ControlPlane: cp, feed: direct{cp}}
+	prof, err := startProfile(c.Profile, "load")
+	if err != nil {
+		return nil, err
+	}
 	began, used := clock(), cpu()
 	if err := p.feed.load(objects); err != nil {
 		return nil, err
 	}
 	p.loaded, p.loadCPU = clock()-began, cpu()-used
+	if err := prof.stop(); err != nil {
+		return nil, err
+	}
 	if p.listener, err = net.Listen("tcp", c.Listen); err != nil {
 		return nil, err
 	}
@@ -157,29 +173,39 @@ func (p *plane) do(c command) (r reply, err error) {
 			}
 		}
 		r.Took = clock() - r.At
-	case "figures":
-		r.Figures = p.figures()
+	case "settle":
+		r.Figures, err = p.settle()
 	case "memory":
 		r.RSS, err = readRSS()
 	case "profile":
-		if p.profile, err = os.Create(c.Profile); err != nil {
-			return r, err
-		}
-		return r, pprof.StartCPUProfile(p.profile)
+		p.profile, err = startProfile(c.Profile, c.Name)
 	case "stop-profile":
-		pprof.StopCPUProfile()
-		if err := p.profile.Close(); err != nil {
-			return r, err
-		}
-		heap, err := os.Create(strings.TrimSuffix(p.profile.Name(), ".cpu") + ".heap")
-		if err != nil {
-			return r, err
-		}
-		return r, errors.Join(pprof.Lookup("heap").WriteTo(heap, 0), heap.Close())
+		err = p.profile.stop()
 	default:
 		return r, fmt.Errorf("command %q: there is no such thing", c.Op)
 	}
-	return r, nil
+	return r, err
+}
+
+// settle waits until nothing is on its way any more: there is an answer for each response, and three looks in a row find the same counts. It is
+// done in here: to be asked again and again would cost more than some changes do.
+func (p *plane) settle() (figures, error) {
+	look := time.NewTicker(5 * time.Millisecond)
+	defer look.Stop()
+	var last figures
+	same := 0
+	for began := clock(); clock()-began < patience; <-look.C {
+		f := p.figures()
+		if f.Responses == last.Responses && f.Answers == f.Responses {
+			same++
+		} else {
+			same = 0
+		}
+		if last = f; same == 3 {
+			return f, nil
+		}
+	}
+	return last, fmt.Errorf("%d responses and %d answers after %s: they do not come to rest", last.Responses, last.Answers, patience)
 }
 
 func unparcel(list []stepParcel) (change, error) {

@@ -63,11 +63,6 @@ func (p *process) do(c command) (reply, error) {
 	return p.read()
 }
 
-func (p *process) figures() (figures, error) {
-	r, err := p.do(command{Op: "figures"})
-	return r.Figures, err
-}
-
 // parcels are a change as it goes over the pipe.
 func parcels(c change) ([]stepParcel, error) {
 	var out []stepParcel
