@@ -47,15 +47,27 @@ type span struct {
 	block int
 }
 
+// few is up to how many entries a list is looked through instead of indexed: most lists are that short, and the indexes of a hundred thousand
+// subjects would take more memory than all that they index.
+const few = 8
+
 type peerIndex struct {
-	ids        map[spiffeid.ID]*identityIndex
-	identified *bart.Table[Verdict]
-	anonymous  *bart.Table[Verdict]
+	ids        identityIndex
+	identified prefixIndex
+	anonymous  prefixIndex
 }
 
+// identityIndex finds a peer by its identity.
 type identityIndex struct {
-	verdict   Verdict
-	addresses *bart.Table[Verdict]
+	list  []Identity
+	index map[spiffeid.ID]int         // into list; nil: few
+	tries map[spiffeid.ID]prefixIndex // of the Addresses of those that have more than few
+}
+
+// prefixIndex finds the longest prefix that holds an address.
+type prefixIndex struct {
+	list []Prefix
+	trie *bart.Table[Verdict] // nil: few
 }
 
 // NewIngress returns the evaluator of a subject's ingress.
@@ -71,16 +83,7 @@ func newEvaluator(v *Verdicts, t *Table, direction string) *Evaluator {
 		for _, r := range b.Ports {
 			e.spans[b.Protocol] = append(e.spans[b.Protocol], span{r, i})
 		}
-		x := &e.blocks[i]
-		x.ids = make(map[spiffeid.ID]*identityIndex, len(b.Peers.ByIdentity))
-		for _, id := range b.Peers.ByIdentity {
-			ix := &identityIndex{verdict: id.Verdict}
-			if len(id.Addresses) > 0 {
-				ix.addresses = trie(id.Addresses)
-			}
-			x.ids[id.ID] = ix
-		}
-		x.identified, x.anonymous = trie(b.Peers.Identified), trie(b.Peers.Anonymous)
+		e.blocks[i] = peerIndex{newIdentityIndex(b.Peers.ByIdentity), newPrefixIndex(b.Peers.Identified), newPrefixIndex(b.Peers.Anonymous)}
 	}
 	for _, s := range e.spans {
 		sort.Slice(s, func(i, j int) bool { return s[i].First < s[j].First })
@@ -88,12 +91,80 @@ func newEvaluator(v *Verdicts, t *Table, direction string) *Evaluator {
 	return e
 }
 
-func trie(prefixes []Prefix) *bart.Table[Verdict] {
-	t := new(bart.Table[Verdict])
-	for _, p := range prefixes {
-		t.Insert(p.Prefix, p.Verdict)
+func newIdentityIndex(list []Identity) identityIndex {
+	x := identityIndex{list: list}
+	if len(list) > few {
+		x.index = make(map[spiffeid.ID]int, len(list))
 	}
-	return t
+	for i := range list {
+		id := &list[i]
+		if x.index != nil {
+			x.index[id.ID] = i
+		}
+		if len(id.Addresses) > few {
+			if x.tries == nil {
+				x.tries = map[spiffeid.ID]prefixIndex{}
+			}
+			x.tries[id.ID] = newPrefixIndex(id.Addresses)
+		}
+	}
+	return x
+}
+
+func (x *identityIndex) find(id spiffeid.ID) *Identity {
+	if x.index != nil {
+		if i, ok := x.index[id]; ok {
+			return &x.list[i]
+		}
+		return nil
+	}
+	for i := range x.list {
+		if x.list[i].ID == id {
+			return &x.list[i]
+		}
+	}
+	return nil
+}
+
+// lookup is the verdict on a peer, if the list has it.
+func (x *identityIndex) lookup(peer Peer) (v Verdict, listed bool) {
+	id := x.find(peer.ID)
+	if id == nil {
+		return Verdict{}, false
+	}
+	addresses, ok := x.tries[peer.ID]
+	if !ok {
+		addresses = prefixIndex{list: id.Addresses}
+	}
+	if v, ok := addresses.lookup(peer.Addr); ok {
+		return v, true
+	}
+	return id.Verdict, true
+}
+
+func newPrefixIndex(list []Prefix) prefixIndex {
+	x := prefixIndex{list: list}
+	if len(list) > few {
+		x.trie = new(bart.Table[Verdict])
+		for _, p := range list {
+			x.trie.Insert(p.Prefix, p.Verdict)
+		}
+	}
+	return x
+}
+
+func (x *prefixIndex) lookup(a netip.Addr) (v Verdict, found bool) {
+	if x.trie != nil {
+		return x.trie.Lookup(a)
+	}
+	a = a.WithZone("") // a prefix holds no address with one; a trie does not look at it
+	longest := -1
+	for i := range x.list {
+		if p := &x.list[i]; p.Prefix.Bits() >= longest && p.Prefix.Contains(a) {
+			longest, v, found = p.Prefix.Bits(), p.Verdict, true
+		}
+	}
+	return v, found
 }
 
 // Decide says whether a peer may talk to the subject (ingress) or be talked to by it (egress) on a port: the subject's own port
@@ -135,17 +206,12 @@ func (e *Evaluator) lookup(proto Protocol, port uint16, peer Peer) (v Verdict, l
 
 func (x *peerIndex) lookup(peer Peer) (v Verdict, listed bool) {
 	if peer.ID.IsZero() {
-		return x.anonymous.Lookup(peer.Addr)
+		return x.anonymous.lookup(peer.Addr)
 	}
-	if id, ok := x.ids[peer.ID]; ok {
-		if id.addresses != nil {
-			if v, ok := id.addresses.Lookup(peer.Addr); ok {
-				return v, true
-			}
-		}
-		return id.verdict, true
+	if v, ok := x.ids.lookup(peer); ok {
+		return v, true
 	}
-	return x.identified.Lookup(peer.Addr)
+	return x.identified.lookup(peer.Addr)
 }
 
 // nearest finds a rule that admits the peer on other ports.

@@ -1,6 +1,8 @@
 package verdict
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"strings"
 	"testing"
@@ -83,13 +85,113 @@ func TestZeroVerdictsDeny(t *testing.T) {
 	}
 }
 
+// TestManyPeers holds lists that are indexed against the same that are looked through.
+func TestManyPeers(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 200 {
+		list := make([]Prefix, 0, 40)
+		seen := map[netip.Prefix]bool{}
+		for range 1 + random.IntN(40) {
+			a := netip.AddrFrom4([4]byte{10, 0, byte(random.IntN(4)), byte(random.IntN(256))})
+			if random.IntN(3) == 0 {
+				a = netip.AddrFrom16([16]byte{0xfd, 15: byte(random.IntN(256))})
+			}
+			p := netip.PrefixFrom(a, random.IntN(a.BitLen()+1)).Masked()
+			if !seen[p] {
+				seen[p] = true
+				list = append(list, Prefix{p, Verdict{random.IntN(2) == 0, len(list)}})
+			}
+		}
+		indexed, looked := newPrefixIndex(list), prefixIndex{list: list}
+		if (indexed.trie != nil) != (len(list) > few) {
+			t.Fatalf("%d prefixes: indexed %t", len(list), indexed.trie != nil)
+		}
+		for range 100 {
+			a := netip.AddrFrom4([4]byte{10, 0, byte(random.IntN(5)), byte(random.IntN(256))})
+			if random.IntN(3) == 0 {
+				a = netip.AddrFrom16([16]byte{0xfd, 15: byte(random.IntN(256))}).WithZone("eth0")
+			}
+			v, found := looked.lookup(a)
+			if want, listed := indexed.lookup(a); v != want || found != listed {
+				t.Fatalf("%s in %v: %v %t, indexed %v %t", a, list, v, found, want, listed)
+			}
+		}
+	}
+	var ids []Identity
+	for i := range few + 5 {
+		id := spiffeid.RequireFromString(fmt.Sprintf("spiffe://mantlet.local/ns/shop/sa/%02d/labels/a", i))
+		ids = append(ids, Identity{ID: id, Verdict: Verdict{i%2 == 0, i}, Addresses: []Prefix{{netip.MustParsePrefix(fmt.Sprintf("10.64.0.%d/32", i)), Verdict{i%2 == 1, i}}}})
+	}
+	indexed, looked := newIdentityIndex(ids), identityIndex{list: ids}
+	for i := range ids {
+		for _, a := range []string{"10.64.0.3", fmt.Sprintf("10.64.0.%d", i)} {
+			peer := Peer{ID: ids[i].ID, Addr: netip.MustParseAddr(a)}
+			v, found := looked.lookup(peer)
+			if want, listed := indexed.lookup(peer); v != want || found != listed || !found {
+				t.Errorf("%s from %s: %v %t, indexed %v %t", peer.ID, a, v, found, want, listed)
+			}
+		}
+	}
+	if _, found := indexed.lookup(Peer{ID: api}); found {
+		t.Error("an identity is found that is not listed")
+	}
+}
+
+// TestHashTellsContentApart changes every field.
 func TestHashTellsContentApart(t *testing.T) {
-	a, b := database(Permissive), database(Permissive)
-	if a.Hash() != b.Hash() {
+	seen := map[string]string{database(Permissive).Hash(): "nothing"}
+	if _, same := seen[database(Permissive).Hash()]; !same {
 		t.Error("equal verdicts hash differently")
 	}
-	b.Ingress.Blocks[0].Peers.ByIdentity[0].Verdict.Allow = false
-	if a.Hash() == b.Hash() {
-		t.Error("different verdicts hash alike")
+	for what, change := range map[string]func(*Verdicts){
+		"subject":                func(v *Verdicts) { v.Subject = web },
+		"mode":                   func(v *Verdicts) { v.Mode = Strict },
+		"isolating":              func(v *Verdicts) { v.Ingress.Isolating[0] = "shop/other" },
+		"one more that isolates": func(v *Verdicts) { v.Ingress.Isolating = append(v.Ingress.Isolating, "shop/z") },
+		"rule's policy":          func(v *Verdicts) { v.Ingress.Rules[0].Policy = "shop/other" },
+		"rule":                   func(v *Verdicts) { v.Ingress.Rules[0].Rule = "ingress[7]" },
+		"rule's peers":           func(v *Verdicts) { v.Ingress.Rules[0].Peers = "anyone" },
+		"rule's ports":           func(v *Verdicts) { v.Ingress.Rules[0].Ports = "1/TCP" },
+		"rule less":              func(v *Verdicts) { v.Ingress.Rules = v.Ingress.Rules[:1] },
+		"reason's policy":        func(v *Verdicts) { v.Ingress.Reasons[0].Policy = "shop/other" },
+		"reason's rule":          func(v *Verdicts) { v.Ingress.Reasons[0].Rule = "ingress[7]" },
+		"reason's text":          func(v *Verdicts) { v.Ingress.Reasons[0].Text = "other" },
+		"nearest":                func(v *Verdicts) { v.Ingress.Reasons[0].Nearest = true },
+		"reason's direction":     func(v *Verdicts) { v.Ingress.Reasons[0].Direction = "ingress" },
+		"protocol":               func(v *Verdicts) { v.Ingress.Blocks[0].Protocol = UDP },
+		"first port":             func(v *Verdicts) { v.Ingress.Blocks[0].Ports[0].First = 1 },
+		"last port":              func(v *Verdicts) { v.Ingress.Blocks[0].Ports[0].Last = 6000 },
+		"identity":               func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[0].ID = web },
+		"verdict":                func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[0].Verdict.Allow = false },
+		"verdict's reason":       func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[0].Verdict.Reason = 1 },
+		"address":                func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[1].Addresses[0].Prefix = host4(8, 32) },
+		"length of a prefix":     func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[1].Addresses[0].Prefix = host4(9, 31) },
+		"verdict on an address":  func(v *Verdicts) { v.Ingress.Blocks[0].Peers.ByIdentity[1].Addresses[0].Verdict.Allow = false },
+		"family": func(v *Verdicts) {
+			v.Ingress.Blocks[0].Peers.ByIdentity[1].Addresses[0].Prefix = netip.PrefixFrom(netip.AddrFrom16(host4(9, 32).Addr().As16()), 32)
+		},
+		"identified": func(v *Verdicts) { p := &v.Ingress.Blocks[1].Peers; p.Identified, p.Anonymous = p.Anonymous, nil },
+		"anonymous":  func(v *Verdicts) { p := &v.Ingress.Blocks[1].Peers; p.Anonymous = p.Anonymous[:1] },
+		"block less": func(v *Verdicts) { v.Ingress.Blocks = v.Ingress.Blocks[:1] },
+		"direction":  func(v *Verdicts) { v.Ingress, v.Egress = v.Egress, v.Ingress },
+	} {
+		v := database(Permissive)
+		change(v)
+		if as, ok := seen[v.Hash()]; ok {
+			t.Errorf("%s: hashes as with %s changed", what, as)
+		}
+		seen[v.Hash()] = what
 	}
+	a, b := database(Permissive), database(Permissive)
+	if a.Ingress.Hash() != b.Ingress.Hash() || a.Ingress.Hash() == a.Egress.Hash() {
+		t.Error("tables: equal ones hash differently, or different ones alike")
+	}
+	p, q := a.Ingress.Blocks[0].Peers, b.Ingress.Blocks[1].Peers
+	if p.Hash() != b.Ingress.Blocks[0].Peers.Hash() || p.Hash() == q.Hash() {
+		t.Error("peers: equal ones hash differently, or different ones alike")
+	}
+}
+
+func host4(last byte, bits int) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64, 0, last}), bits)
 }

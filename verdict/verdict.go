@@ -9,9 +9,6 @@
 package verdict
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"net/netip"
 
@@ -119,21 +116,6 @@ type Verdicts struct {
 	// Egress decides by the destination of a connection from the subject, after service load balancing: pod address and
 	// target port.
 	Egress Table `json:"egress"`
-}
-
-// Hash is a content hash of the whole value: 64 hexadecimal digits.
-func (v *Verdicts) Hash() string { return hash(v) }
-
-// Hash is a content hash of one direction, whoever's it is: 64 hexadecimal digits.
-func (t *Table) Hash() string { return hash(t) }
-
-func hash(value any) string {
-	b, err := json.Marshal(value)
-	if err != nil { // plain data: every field has a total text form
-		panic(fmt.Sprintf("verdict: marshal %T: %v", value, err))
-	}
-	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:])
 }
 
 // Table is one direction.
