@@ -14,6 +14,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"sort"
+	"strconv"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -99,11 +100,15 @@ func (n *Namer) digest(labels map[string]string) string {
 		}
 	}
 	sort.Strings(keys)
-	var b strings.Builder
-	for _, k := range keys {
-		fmt.Fprintf(&b, "%d:%s=%d:%s\n", len(k), k, len(labels[k]), labels[k])
+	b := make([]byte, 0, 256)
+	for _, k := range keys { // len(k):k=len(v):v\n
+		v := labels[k]
+		b = append(strconv.AppendInt(b, int64(len(k)), 10), ':')
+		b = append(append(b, k...), '=')
+		b = append(strconv.AppendInt(b, int64(len(v)), 10), ':')
+		b = append(append(b, v...), '\n')
 	}
-	sum := sha256.Sum256([]byte(b.String()))
+	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:16])
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"hash"
 	"net/netip"
+	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -41,12 +42,20 @@ type digest struct {
 	buf  []byte
 }
 
-func newDigest() *digest { return &digest{hash: sha256.New(), buf: make([]byte, 0, 2048)} }
+// digests are those that nobody uses just now: a large cluster has hundreds of thousands of values to hash.
+var digests = sync.Pool{New: func() any { return &digest{hash: sha256.New(), buf: make([]byte, 0, 2048)} }}
 
+func newDigest() *digest { return digests.Get().(*digest) }
+
+// sum ends the digest.
 func (d *digest) sum() string {
 	d.flush()
-	var sum [sha256.Size]byte
-	return hex.EncodeToString(d.hash.Sum(sum[:0]))
+	d.buf = d.hash.Sum(d.buf)
+	s := hex.EncodeToString(d.buf)
+	d.buf = d.buf[:0]
+	d.hash.Reset()
+	digests.Put(d)
+	return s
 }
 
 func (d *digest) flush() {

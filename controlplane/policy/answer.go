@@ -5,8 +5,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -40,12 +38,28 @@ func (x *Index) bring(s *Subject) {
 	if s.verdicts != nil && !x.dirty[s.Key] {
 		return
 	}
-	u := uses{selectors: map[string]*peerSelector{}, egress: map[spiffeid.ID]bool{}, ports: map[spiffeid.ID]bool{}}
-	s.verdicts, s.hash = x.compile(s, &u), ""
+	var u uses
+	s.verdicts, s.hash, s.deciders = x.compile(s, &u), "", [2]*verdict.Evaluator{}
+	slices.SortFunc(u.selectors, compareSelectors)
+	u.selectors = slices.CompactFunc(u.selectors, func(a, b *peerSelector) bool { return a.key == b.key })
 	x.read(s, u)
-	s.ingress, s.egress = verdict.NewIngress(s.verdicts), verdict.NewEgress(s.verdicts)
 	delete(x.dirty, s.Key)
 	x.compiles++
+}
+
+// ingress is the evaluator of what is compiled, and egress that of the other direction.
+func (s *Subject) ingress() *verdict.Evaluator {
+	if s.deciders[0] == nil {
+		s.deciders[0] = verdict.NewIngress(s.verdicts)
+	}
+	return s.deciders[0]
+}
+
+func (s *Subject) egress() *verdict.Evaluator {
+	if s.deciders[1] == nil {
+		s.deciders[1] = verdict.NewEgress(s.verdicts)
+	}
+	return s.deciders[1]
 }
 
 // Compiles counts the compilations so far: the work that changes have caused.
@@ -134,7 +148,7 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 		if dst != nil {
 			peer.ID, peer.Name = dst.ident.id, dst.key
 		}
-		d := src.subject.egress.Decide(proto, to.Port(), peer)
+		d := src.subject.egress().Decide(proto, to.Port(), peer)
 		if !d.Allowed || dst == nil {
 			return Answer{Allowed: d.Allowed, Reason: d.Reason}
 		}
@@ -145,7 +159,7 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 	if src.sidecar {
 		peer.ID = src.ident.id
 	}
-	d := dst.subject.ingress.Decide(proto, to.Port(), peer)
+	d := dst.subject.ingress().Decide(proto, to.Port(), peer)
 	if d.Allowed && d.Reason.Policy == "" && reason.Policy != "" {
 		d.Reason = reason // ingress is open; what admits is the egress rule
 	}
@@ -164,7 +178,7 @@ func (x *Index) AnswerOutside(from netip.Addr, proto verdict.Protocol, to netip.
 		return Answer{Allowed: true, Reason: verdict.Reason{Text: "the pod's own node always reaches it"}}
 	}
 	x.bring(dst.subject)
-	d := dst.subject.ingress.Decide(proto, to.Port(), verdict.Peer{Addr: from})
+	d := dst.subject.ingress().Decide(proto, to.Port(), verdict.Peer{Addr: from})
 	return Answer{Allowed: d.Allowed, Reason: d.Reason}
 }
 

@@ -105,7 +105,7 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 		}
 	}
 	for _, id := range sortedIdentities(ids) {
-		uses.egress[id.id] = true
+		uses.egress = append(uses.egress, id.id)
 		p := peerIdentity{id: id.id, apart: x.tellsApart(rs.rules, id) || x.egressTellsApart(id)}
 		pods := []*pod{id.any()}
 		if p.apart {
@@ -245,7 +245,7 @@ func (x *Index) compileEgress(s *pod, uses *uses) verdict.Table {
 		}
 	}
 	for _, id := range sortedIdentities(ids) {
-		uses.ports[id.id] = true
+		uses.ports = append(uses.ports, id.id)
 		p := peerIdentity{id: id.id, apart: x.tellsApart(rs.rules, id) || named && (id.portsDiffer() || blockNamesPortOf(rs.rules, id))}
 		if !p.apart {
 			p.cells = []cell{{admits: x.egressAdmits(rs.rules, id.any(), netip.Addr{})}}
@@ -305,7 +305,7 @@ func (x *Index) candidates(rules []*rule, uses *uses) map[*ident]bool {
 	out := map[*ident]bool{}
 	for _, r := range rules {
 		for _, s := range r.selectors {
-			uses.selectors[s.key] = s
+			uses.selectors = append(uses.selectors, s)
 			for _, id := range x.covered(s) {
 				out[id] = true
 			}

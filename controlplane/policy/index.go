@@ -72,7 +72,7 @@ type namespace struct {
 	pods       map[string]*pod
 	policies   map[string]*netpol
 	sorted     []*netpol           // policies by key; nil: nobody has asked since they changed
-	groups     map[*group]struct{} // that choose it
+	groups     set[*group] // that choose it
 }
 
 func (n *namespace) sortedPolicies() []*netpol {
@@ -196,13 +196,18 @@ func sortedKeys(m map[string]bool) []string {
 // pod whose identity has no name; whatever else is wrong in an object closes and is named by Problems.
 func (x *Index) Apply(obj metav1.Object) (Delta, error) {
 	c := newChange()
+	if err := x.apply(obj, c); err != nil {
+		return Delta{}, err
+	}
+	return x.finish(c), nil
+}
+
+func (x *Index) apply(obj metav1.Object, c *change) error {
 	switch o := obj.(type) {
 	case *corev1.Namespace:
 		x.setNamespace(o.Name, o.Labels, c)
 	case *corev1.Pod:
-		if err := x.setPod(o, c); err != nil {
-			return Delta{}, err
-		}
+		return x.setPod(o, c)
 	case *networkingv1.NetworkPolicy:
 		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, parsePolicy(o), c)
 	case *corev1.Node:
@@ -212,9 +217,9 @@ func (x *Index) Apply(obj metav1.Object) (Delta, error) {
 	case *discoveryv1.EndpointSlice:
 		x.services.setSlice(o, c)
 	default:
-		return Delta{}, fmt.Errorf("policy index: %T decides nothing", obj)
+		return fmt.Errorf("policy index: %T decides nothing", obj)
 	}
-	return x.finish(c), nil
+	return nil
 }
 
 // Delete takes an object out. Only its kind, namespace and name matter.
@@ -260,11 +265,12 @@ func (x *Index) ApplyAll(o *Objects) error {
 	for _, p := range o.Pods {
 		all = append(all, p)
 	}
+	c := newChange() // of all together: what each touches alone nobody asks
 	var errs []error
 	for _, obj := range all {
-		_, err := x.Apply(obj)
-		errs = append(errs, err)
+		errs = append(errs, x.apply(obj, c))
 	}
+	x.finish(c)
 	return errors.Join(errs...)
 }
 
@@ -301,7 +307,7 @@ func (x *Index) modeOf(ns *namespace) (verdict.Mode, error) {
 func (x *Index) namespace(name string) *namespace {
 	ns, ok := x.namespaces[name]
 	if !ok {
-		ns = &namespace{name: name, labels: map[string]string{}, identities: map[spiffeid.ID]*ident{}, pods: map[string]*pod{}, policies: map[string]*netpol{}, groups: map[*group]struct{}{}}
+		ns = &namespace{name: name, labels: map[string]string{}, identities: map[spiffeid.ID]*ident{}, pods: map[string]*pod{}, policies: map[string]*netpol{}}
 		x.namespaces[name] = ns
 		x.readers.begin(ns)
 	}
@@ -322,7 +328,7 @@ func (x *Index) setNamespace(name string, labels map[string]string, c *change) {
 			mark(c, by.subjects)
 		}
 		// A peer's egress rules see a destination's namespace otherwise, too.
-		for p := range g.policies {
+		for p := range g.policies.all() {
 			x.touchEgressOf(p, c)
 		}
 	}

@@ -88,7 +88,10 @@ func (a packetPeer) same(b packetPeer) bool {
 // those whose packets name one that is. One more replica touches whoever names its identity.
 func (x *Index) touchPackets(c *change) {
 	touched, restricts := map[*Subject]bool{}, false
-	peers := maps.Clone(c.pods)
+	peers := make([]string, 0, len(c.pods)) // that others' packets may see otherwise now
+	for name := range c.pods {
+		peers = append(peers, name)
+	}
 	for key := range c.subjects {
 		s := x.subjects[key]
 		touched[s] = true
@@ -96,7 +99,9 @@ func (x *Index) touchPackets(c *change) {
 			if p.sidecar {
 				continue
 			}
-			peers[name] = true
+			if !c.pods[name] {
+				peers = append(peers, name)
+			}
 			if x.packets.restricting[name] || x.packetPeer(p).subject != "" { // whom it hears may be others now
 				restricts = true
 				maps.Copy(touched, x.packets.naming[p.ident.id])
@@ -114,7 +119,7 @@ func (x *Index) touchPackets(c *change) {
 			c.packets[name] = true
 		}
 	}
-	for name := range peers {
+	for _, name := range peers {
 		old, now := x.packets.seen[name], x.packetPeer(x.pods[name])
 		if old.same(now) {
 			continue

@@ -105,7 +105,7 @@ func sortedAddrs(as []netip.Addr) []netip.Addr {
 }
 
 func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
-	table, evaluator := &p.subject.verdicts.Ingress, p.subject.ingress
+	table, evaluator := &p.subject.verdicts.Ingress, p.subject.ingress()
 	peers := x.addressed(p, x.named(table))
 	return packetBlocks([]*verdict.Table{table}, func(proto verdict.Protocol, port uint16) []verdict.PacketPrefix {
 		decided := anonymousAt(table, proto, port)
@@ -119,7 +119,7 @@ func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
 }
 
 func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
-	table, evaluator := &p.subject.verdicts.Egress, p.subject.egress
+	table, evaluator := &p.subject.verdicts.Egress, p.subject.egress()
 	pods := x.named(table)
 	if admitsPackets(table) { // else who is not named is denied anyway
 		for name := range x.packets.restricting {
@@ -144,7 +144,7 @@ func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
 		for _, peer := range peers {
 			allow := evaluator.Admits(proto, port, verdict.Peer{ID: peer.pod.ident.id, Addr: peer.addr})
 			if allow && !peer.pod.sidecar && peer.pod != p {
-				allow = peer.pod.subject.ingress.Admits(proto, port, verdict.Peer{ID: p.ident.id, Addr: sourceAddr(p, peer.addr)})
+				allow = peer.pod.subject.ingress().Admits(proto, port, verdict.Peer{ID: p.ident.id, Addr: sourceAddr(p, peer.addr)})
 			}
 			decided[host(peer.addr)] = allow
 		}

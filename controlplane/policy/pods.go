@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -82,8 +83,7 @@ type Subject struct {
 	uses     uses
 	verdicts *verdict.Verdicts
 	hash     string // of verdicts; empty: nobody has asked yet
-	ingress  *verdict.Evaluator
-	egress   *verdict.Evaluator
+	deciders [2]*verdict.Evaluator // nil: nobody has asked; see ingress, egress
 
 	packets     *packetPolicy // nil: nobody has asked since a change touched it
 	packetNames []spiffeid.ID // whom it names, as the packetIndex has it
@@ -96,9 +96,9 @@ func (s *Subject) Pods() []string { return slices.Sorted(maps.Keys(s.pods)) }
 
 // uses is what the last compilation of a subject read, beside the policies that select it.
 type uses struct {
-	selectors      map[string]*peerSelector
-	egress         map[spiffeid.ID]bool // identities whose egress policy is part of the verdicts
-	ports          map[spiffeid.ID]bool // identities whose named ports are
+	selectors      []*peerSelector // sorted by key, without duplicates
+	egress         []spiffeid.ID   // identities whose egress policy is part of the verdicts, sorted
+	ports          []spiffeid.ID   // identities whose named ports are, sorted
 	byAddress      bool                 // the egress of every identity is, and every pod without a sidecar
 	namedByAddress bool                 // the named ports of every pod are
 }
@@ -147,6 +147,7 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 		x.identities[id], ns.identities[id] = i, i
 	}
 	portsDiffered := i.portsDiffer()
+	p.shareWith(i)
 	p.ident = i
 	i.pods[p.key], ns.pods[p.key], x.pods[p.key] = p, p, p
 	if !p.sidecar {
@@ -158,6 +159,19 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 	x.touchRetiredAt(p.ips, c)
 	x.touchPeersOf(p, !ok || i.portsDiffer() != portsDiffered || len(i.pods) == 1, c)
 	x.rekey(p, c)
+}
+
+// shareWith has a pod use what another of its identity has already, where it is the same: replicas differ in little.
+func (p *pod) shareWith(i *ident) {
+	for _, q := range i.pods {
+		if maps.Equal(p.labels, q.labels) {
+			p.labels = q.labels
+		}
+		if slices.Equal(p.ports, q.ports) {
+			p.ports = q.ports
+		}
+		return // one is asked: nearly always any does
+	}
 }
 
 func (x *Index) removePod(key string, c *change) {
@@ -280,7 +294,7 @@ func (x *Index) touchPeersOf(p *pod, identityChanged bool, c *change) {
 	if len(p.ports) > 0 {
 		mark(c, r.namedByAddress)
 	}
-	for g := range ns.groups {
+	for g := range ns.groups.all() {
 		for _, by := range g.readers {
 			m := by.selector.pods.covers(id.stable, x.namer.Volatile)
 			if m == some || m == every && (identityChanged || !p.sidecar || apart) {
@@ -327,26 +341,39 @@ func (x *Index) leaveSubject(p *pod) {
 
 // subjectKey writes down everything that the compiler reads of a pod.
 func (x *Index) subjectKey(p *pod, mode verdict.Mode) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s", p.ident.id, mode)
+	b := make([]byte, 0, 192)
+	b = append(b, p.ident.id.String()...)
+	b = append(b, ' ')
+	b = append(b, mode.String()...)
 	for _, np := range p.ports {
-		fmt.Fprintf(&b, " %s=%d/%s", np.name, np.number, np.protocol)
+		b = append(b, ' ')
+		b = append(b, np.name...)
+		b = append(b, '=')
+		b = strconv.AppendUint(b, uint64(np.number), 10)
+		b = append(b, '/')
+		b = append(b, np.protocol.String()...)
 	}
 	for _, k := range slices.Sorted(maps.Keys(x.volatileKeys)) {
 		if v, ok := p.labels[k]; ok {
-			fmt.Fprintf(&b, " %s=%s", k, v)
+			b = append(b, ' ')
+			b = append(b, k...)
+			b = append(b, '=')
+			b = append(b, v...)
 		}
 	}
 	for _, a := range p.ips {
-		fmt.Fprintf(&b, " v%d", family(a))
+		b = append(b, " v"...)
+		b = strconv.AppendInt(b, int64(family(a)), 10)
 		if !x.inPodNetwork(a) { // boundaries are counted inside it only
-			fmt.Fprintf(&b, ",%s", a)
+			b = append(b, ',')
+			b = a.AppendTo(b)
 		}
 		for e := range x.boundaries.Supernets(host(a)) {
-			fmt.Fprintf(&b, ",%s", e)
+			b = append(b, ',')
+			b = e.AppendTo(b)
 		}
 	}
-	return b.String()
+	return string(b)
 }
 
 // plainPods lists the pods without a sidecar that rules may admit, and maybe others, sorted. covered are the identities that their selectors cover.

@@ -46,12 +46,9 @@ func normalize(rs []verdict.PortRange) []verdict.PortRange {
 	return out
 }
 
-func everyPort() *portSet {
-	s := &portSet{}
-	for _, p := range verdict.Protocols {
-		s[p] = []verdict.PortRange{verdict.AllPorts}
-	}
-	return s
+// everyPort is shared by all rules without ports, and must not be changed.
+var everyPort = &portSet{
+	verdict.TCP: {verdict.AllPorts}, verdict.UDP: {verdict.AllPorts}, verdict.SCTP: {verdict.AllPorts},
 }
 
 // namedPort is a port of a pod that has a name.
@@ -109,7 +106,7 @@ type namedRef struct {
 // validated them: what cannot be read admits nothing.
 func parsePorts(ports []networkingv1.NetworkPolicyPort) rulePorts {
 	if len(ports) == 0 {
-		return rulePorts{fixed: everyPort(), words: []string{"any port"}}
+		return rulePorts{fixed: everyPort, words: []string{"any port"}}
 	}
 	rp := rulePorts{fixed: &portSet{}}
 	for _, p := range ports {

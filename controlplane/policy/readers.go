@@ -1,6 +1,9 @@
 package policy
 
 import (
+	"slices"
+	"strings"
+
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"k8s.io/apimachinery/pkg/selection"
 )
@@ -8,15 +11,15 @@ import (
 // readers knows for everything that a compilation may read which subjects have read it, so that a change finds the subjects that it concerns
 // without asking all of them.
 type readers struct {
-	groups  map[string]*group             // by groupKey
-	byLabel map[label]map[*group]struct{} // groups whose namespaces must have one of these labels
-	wide    map[*group]struct{}           // groups of which no label is known that their namespaces must have
-	labeled map[label]map[*namespace]struct{}
+	groups  map[string]*group     // by groupKey
+	byLabel map[label]set[*group] // groups whose namespaces must have one of these labels
+	wide    set[*group]           // groups of which no label is known that their namespaces must have
+	labeled map[label]set[*namespace]
 
-	egress         map[spiffeid.ID]map[*Subject]struct{}
-	ports          map[spiffeid.ID]map[*Subject]struct{}
-	byAddress      map[*Subject]struct{}
-	namedByAddress map[*Subject]struct{}
+	egress         map[spiffeid.ID]set[*Subject]
+	ports          map[spiffeid.ID]set[*Subject]
+	byAddress      set[*Subject]
+	namedByAddress set[*Subject]
 }
 
 // label is one label of a namespace.
@@ -25,22 +28,21 @@ type label struct{ key, value string }
 // group is all selectors that choose namespaces alike, with those who use them.
 type group struct {
 	like     *peerSelector // any of them
-	members  map[*namespace]struct{}
-	readers  map[string]*reading  // by peerSelector.key
-	policies map[*netpol]struct{} // with egress rules that select so
+	members  set[*namespace]
+	readers  map[string]*reading // by peerSelector.key
+	policies set[*netpol]        // with egress rules that select so
 }
 
 // reading is a selector and the subjects that were compiled with it.
 type reading struct {
 	selector *peerSelector
-	subjects map[*Subject]struct{}
+	subjects set[*Subject]
 }
 
 func newReaders() readers {
 	return readers{
-		groups: map[string]*group{}, byLabel: map[label]map[*group]struct{}{}, wide: map[*group]struct{}{}, labeled: map[label]map[*namespace]struct{}{},
-		egress: map[spiffeid.ID]map[*Subject]struct{}{}, ports: map[spiffeid.ID]map[*Subject]struct{}{},
-		byAddress: map[*Subject]struct{}{}, namedByAddress: map[*Subject]struct{}{},
+		groups: map[string]*group{}, byLabel: map[label]set[*group]{}, labeled: map[label]set[*namespace]{},
+		egress: map[spiffeid.ID]set[*Subject]{}, ports: map[spiffeid.ID]set[*Subject]{},
 	}
 }
 
@@ -77,11 +79,7 @@ func (x *Index) namespacesOf(s *peerSelector) []*namespace {
 		return nil
 	}
 	if g := x.readers.groups[s.groupKey()]; g != nil {
-		out := make([]*namespace, 0, len(g.members))
-		for ns := range g.members {
-			out = append(out, ns)
-		}
-		return out
+		return slices.AppendSeq(make([]*namespace, 0, g.members.len()), g.members.all())
 	}
 	var out []*namespace
 	needs := s.needs()
@@ -93,7 +91,8 @@ func (x *Index) namespacesOf(s *peerSelector) []*namespace {
 		}
 	}
 	for _, l := range needs { // a namespace has one value for the key: it is met once
-		for ns := range x.readers.labeled[l] {
+		labeled := x.readers.labeled[l]
+		for ns := range labeled.all() {
 			if s.namespaceMatches(ns) {
 				out = append(out, ns)
 			}
@@ -109,7 +108,7 @@ func (x *Index) group(s *peerSelector) *group {
 	if g := r.groups[key]; g != nil {
 		return g
 	}
-	g := &group{like: s, members: map[*namespace]struct{}{}, readers: map[string]*reading{}, policies: map[*netpol]struct{}{}}
+	g := &group{like: s, readers: map[string]*reading{}}
 	for _, ns := range x.namespacesOf(s) {
 		g.enter(ns)
 	}
@@ -119,7 +118,7 @@ func (x *Index) group(s *peerSelector) *group {
 	}
 	needs := s.needs()
 	if len(needs) == 0 {
-		r.wide[g] = struct{}{}
+		r.wide.add(g)
 	}
 	for _, l := range needs {
 		add(r.byLabel, l, g)
@@ -128,29 +127,29 @@ func (x *Index) group(s *peerSelector) *group {
 }
 
 func (g *group) enter(ns *namespace) {
-	g.members[ns] = struct{}{}
-	ns.groups[g] = struct{}{}
+	g.members.add(ns)
+	ns.groups.add(g)
 }
 
 func (g *group) leave(ns *namespace) {
-	delete(g.members, ns)
-	delete(ns.groups, g)
+	g.members.remove(ns)
+	ns.groups.remove(g)
 }
 
 // release drops a group that nobody uses any more.
 func (x *Index) release(g *group) {
-	if len(g.readers)+len(g.policies) > 0 {
+	if len(g.readers)+g.policies.len() > 0 {
 		return
 	}
 	r := &x.readers
 	delete(r.groups, g.like.groupKey())
-	for ns := range g.members {
-		delete(ns.groups, g)
+	for ns := range g.members.all() {
+		ns.groups.remove(g)
 	}
 	if g.like.namespaces == nil {
 		return
 	}
-	delete(r.wide, g)
+	r.wide.remove(g)
 	for _, l := range g.like.needs() {
 		remove(r.byLabel, l, g)
 	}
@@ -161,7 +160,7 @@ func (r *readers) begin(ns *namespace) {
 	if g := r.groups["ns="+ns.name]; g != nil {
 		g.enter(ns)
 	}
-	for g := range r.wide {
+	for g := range r.wide.all() {
 		if g.like.namespaceMatches(ns) {
 			g.enter(ns)
 		}
@@ -171,10 +170,10 @@ func (r *readers) begin(ns *namespace) {
 // relabel follows the labels of a namespace and returns the groups that it has come into or gone out of.
 func (r *readers) relabel(ns *namespace, before map[string]string) []*group {
 	maybe := map[*group]struct{}{}
-	for g := range ns.groups {
+	for g := range ns.groups.all() {
 		maybe[g] = struct{}{}
 	}
-	for g := range r.wide {
+	for g := range r.wide.all() {
 		maybe[g] = struct{}{}
 	}
 	for k, v := range before {
@@ -182,14 +181,14 @@ func (r *readers) relabel(ns *namespace, before map[string]string) []*group {
 	}
 	for k, v := range ns.labels {
 		add(r.labeled, label{k, v}, ns)
-		for g := range r.byLabel[label{k, v}] {
+		groups := r.byLabel[label{k, v}]
+		for g := range groups.all() {
 			maybe[g] = struct{}{}
 		}
 	}
 	var out []*group
 	for g := range maybe {
-		_, was := g.members[ns]
-		is := g.like.namespaceMatches(ns)
+		was, is := g.members.has(ns), g.like.namespaceMatches(ns)
 		switch {
 		case is && !was:
 			g.enter(ns)
@@ -208,24 +207,26 @@ func (x *Index) read(s *Subject, u uses) {
 	before := s.uses
 	s.uses = u
 	r := &x.readers
-	for key, sel := range u.selectors {
+	for _, sel := range u.selectors {
 		g := x.group(sel)
-		if g.readers[key] == nil {
-			g.readers[key] = &reading{sel, map[*Subject]struct{}{}}
+		by := g.readers[sel.key]
+		if by == nil {
+			by = &reading{selector: sel}
+			g.readers[sel.key] = by
 		}
-		g.readers[key].subjects[s] = struct{}{}
+		by.subjects.add(s)
 	}
-	for id := range u.egress {
+	for _, id := range u.egress {
 		add(r.egress, id, s)
 	}
-	for id := range u.ports {
+	for _, id := range u.ports {
 		add(r.ports, id, s)
 	}
 	if u.byAddress {
-		r.byAddress[s] = struct{}{}
+		r.byAddress.add(s)
 	}
 	if u.namedByAddress {
-		r.namedByAddress[s] = struct{}{}
+		r.namedByAddress.add(s)
 	}
 	x.unread(s, before)
 }
@@ -233,43 +234,45 @@ func (x *Index) read(s *Subject, u uses) {
 // unread takes a subject out wherever it was entered and is not any more by what it uses now.
 func (x *Index) unread(s *Subject, before uses) {
 	r := &x.readers
-	for key, sel := range before.selectors {
-		if s.uses.selectors[key] != nil {
+	for _, sel := range before.selectors {
+		if _, still := slices.BinarySearchFunc(s.uses.selectors, sel, compareSelectors); still {
 			continue
 		}
 		g := r.groups[sel.groupKey()]
-		delete(g.readers[key].subjects, s)
-		if len(g.readers[key].subjects) == 0 {
-			delete(g.readers, key)
+		by := g.readers[sel.key]
+		if by.subjects.remove(s); by.subjects.len() == 0 {
+			delete(g.readers, sel.key)
 			x.release(g)
 		}
 	}
-	for id := range before.egress {
-		if !s.uses.egress[id] {
+	for _, id := range before.egress {
+		if _, still := slices.BinarySearchFunc(s.uses.egress, id, compareIDs); !still {
 			remove(r.egress, id, s)
 		}
 	}
-	for id := range before.ports {
-		if !s.uses.ports[id] {
+	for _, id := range before.ports {
+		if _, still := slices.BinarySearchFunc(s.uses.ports, id, compareIDs); !still {
 			remove(r.ports, id, s)
 		}
 	}
 	if !s.uses.byAddress {
-		delete(r.byAddress, s)
+		r.byAddress.remove(s)
 	}
 	if !s.uses.namedByAddress {
-		delete(r.namedByAddress, s)
+		r.namedByAddress.remove(s)
 	}
 }
+
+func compareSelectors(a, b *peerSelector) int { return strings.Compare(a.key, b.key) }
 
 // follow enters or takes out the egress rules of a policy.
 func (x *Index) follow(old, p *netpol) {
 	for _, s := range p.egressSelectors() {
-		x.group(s).policies[p] = struct{}{}
+		x.group(s).policies.add(p)
 	}
 	for _, s := range old.egressSelectors() {
 		if g := x.readers.groups[s.groupKey()]; g != nil { // else another of its selectors was the last
-			delete(g.policies, old)
+			g.policies.remove(old)
 			x.release(g)
 		}
 	}
@@ -285,22 +288,8 @@ func (p *netpol) egressSelectors() (out []*peerSelector) {
 	return out
 }
 
-func mark(c *change, subjects map[*Subject]struct{}) {
-	for s := range subjects {
+func mark(c *change, subjects set[*Subject]) {
+	for s := range subjects.all() {
 		c.subjects[s.Key] = true
-	}
-}
-
-func add[K, V comparable](m map[K]map[V]struct{}, k K, v V) {
-	if m[k] == nil {
-		m[k] = map[V]struct{}{}
-	}
-	m[k][v] = struct{}{}
-}
-
-func remove[K, V comparable](m map[K]map[V]struct{}, k K, v V) {
-	delete(m[k], v)
-	if len(m[k]) == 0 {
-		delete(m, k)
 	}
 }

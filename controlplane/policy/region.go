@@ -30,6 +30,9 @@ type regionEntry struct {
 // asking once per boundary is exact. Where several areas admit, the first does. Boundaries that change nothing are left out; so is
 // "none" where nothing shorter admits.
 func region(areas []area) []regionEntry {
+	if len(areas) == 0 {
+		return nil
+	}
 	type admission struct {
 		rule  int
 		block *ipBlock

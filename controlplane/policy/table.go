@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -90,7 +89,7 @@ func (d *draft) layout(isolating []string) verdict.Table {
 				peers := d.peersAt(proto, piece.First, intern)
 				i = -1
 				if !peers.empty() {
-					key := peers.key()
+					key := (*verdict.Peers)(&peers).Hash()
 					var known bool
 					if i, known = byPeers[key]; !known {
 						i = len(blocks)
@@ -177,14 +176,6 @@ type peers verdict.Peers
 
 func (p *peers) empty() bool {
 	return len(p.ByIdentity) == 0 && len(p.Identified) == 0 && len(p.Anonymous) == 0
-}
-
-func (p *peers) key() string {
-	b, err := json.Marshal(p)
-	if err != nil { // plain data
-		panic(fmt.Sprintf("policy: marshal peers: %v", err))
-	}
-	return string(b)
 }
 
 // outcome of one cell at one port in one family.
