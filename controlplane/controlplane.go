@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -49,11 +50,12 @@ type ControlPlane struct {
 	authority *ca.CA // signs for the pods; nil: somebody else does
 
 	mu           sync.Mutex
-	given        map[string]given // by pod: what the authority gave it last
-	givenChanged chan struct{}    // closed when given changes
+	given        map[string]given   // by pod: what the authority gave it last
+	givenChanged chan struct{}      // closed when given changes
+	bundle       *x509bundle.Bundle // that was given last
 	index        *policy.Index
 	changes      uint64               // counts what has changed index
-	hashes       map[string]string    // of the verdicts that are in force, by subject key
+	hashes       map[string]string    // of the verdicts that are in force, by subject key; only of subjects that matter to somebody
 	rendered     map[string]*rendered // by subject key; only of subjects with sidecars
 	packets      packets
 	nodes        map[string]nodeResources // by node addresses
@@ -219,7 +221,7 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		}
 	}
 	cp.refresh(stale)
-	cp.sweep()
+	cp.sweep(d.Gone)
 	return errors.Join(errs...)
 }
 
@@ -228,6 +230,10 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error {
 	s := cp.index.SubjectByKey(key)
 	if s == nil {
+		return nil
+	}
+	if !cp.matters(s) {
+		delete(cp.hashes, key) // whoever comes to rest on it is answered anew at its next change
 		return nil
 	}
 	hash := cp.index.Hash(key)
@@ -244,6 +250,17 @@ func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error 
 	return cp.publishSubject(key)
 }
 
+// matters reports whether anybody holds anything that rests on a subject's verdicts: a sidecar of its own, or one that has asked for a destination
+// among its pods. Those of others are compiled when somebody asks: in a cluster where few pods have sidecars they are nearly all.
+func (cp *ControlPlane) matters(s *policy.Subject) bool {
+	for name := range s.Names() {
+		if p, ok := cp.index.Pod(name); ok && p.Sidecar || len(cp.demand.names[podKey(name)]) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // refresh has the on-demand clusters with these names resolved anew for everybody who uses them.
 func (cp *ControlPlane) refresh(names map[string]bool) {
 	byClient := map[server.Client][]string{}
@@ -258,13 +275,9 @@ func (cp *ControlPlane) refresh(names map[string]bool) {
 	}
 }
 
-// sweep drops what was rendered for subjects that are gone. Every subject that there is has a hash, so that there is nothing to look for where
-// there are as many as subjects.
-func (cp *ControlPlane) sweep() {
-	if len(cp.hashes) == cp.index.Subjects() {
-		return
-	}
-	for key := range cp.hashes {
+// sweep drops what was rendered for subjects that are gone.
+func (cp *ControlPlane) sweep(gone []string) {
+	for _, key := range gone {
 		if cp.index.SubjectByKey(key) == nil {
 			delete(cp.hashes, key)
 			delete(cp.rendered, key)

@@ -71,7 +71,7 @@ type namespace struct {
 	identities map[spiffeid.ID]*ident
 	pods       map[string]*pod
 	policies   map[string]*netpol
-	sorted     []*netpol           // policies by key; nil: nobody has asked since they changed
+	sorted     []*netpol   // policies by key; nil: nobody has asked since they changed
 	groups     set[*group] // that choose it
 }
 
@@ -133,6 +133,8 @@ type Delta struct {
 	Services []string
 	// Packets are the pods ("namespace/name") whose packet policy has to be compiled anew; some may turn out the same.
 	Packets []string
+	// Gone are the keys of subjects that no pod has any more.
+	Gone []string
 }
 
 // Merge is what several changes in a row touched.
@@ -151,21 +153,24 @@ func Merge(deltas []Delta) Delta {
 		for _, k := range d.Packets {
 			c.packets[k] = true
 		}
+		for _, k := range d.Gone {
+			c.gone[k] = true
+		}
 	}
 	return c.delta()
 }
 
 // change collects a Delta.
 type change struct {
-	subjects, pods, services, packets map[string]bool
+	subjects, pods, services, packets, gone map[string]bool
 }
 
 func newChange() *change {
-	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}}
+	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}, gone: map[string]bool{}}
 }
 
 func (c *change) delta() Delta {
-	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services), sortedKeys(c.packets)}
+	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services), sortedKeys(c.packets), sortedKeys(c.gone)}
 }
 
 func (x *Index) finish(c *change) Delta {
@@ -175,6 +180,11 @@ func (x *Index) finish(c *change) Delta {
 			continue
 		}
 		x.dirty[k] = true
+	}
+	for k := range c.gone {
+		if _, ok := x.subjects[k]; ok {
+			delete(c.gone, k)
+		}
 	}
 	x.touchPackets(c)
 	return c.delta()

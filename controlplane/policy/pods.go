@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -82,7 +83,7 @@ type Subject struct {
 	pods     map[string]*pod
 	uses     uses
 	verdicts *verdict.Verdicts
-	hash     string // of verdicts; empty: nobody has asked yet
+	hash     string                // of verdicts; empty: nobody has asked yet
 	deciders [2]*verdict.Evaluator // nil: nobody has asked; see ingress, egress
 
 	packets     *packetPolicy // nil: nobody has asked since a change touched it
@@ -94,13 +95,16 @@ func (s *Subject) any() *pod { return first(s.pods) }
 // Pods lists the pods of the subject, "namespace/name", sorted.
 func (s *Subject) Pods() []string { return slices.Sorted(maps.Keys(s.pods)) }
 
+// Names ranges over the same, in no order.
+func (s *Subject) Names() iter.Seq[string] { return maps.Keys(s.pods) }
+
 // uses is what the last compilation of a subject read, beside the policies that select it.
 type uses struct {
 	selectors      []*peerSelector // sorted by key, without duplicates
 	egress         []spiffeid.ID   // identities whose egress policy is part of the verdicts, sorted
 	ports          []spiffeid.ID   // identities whose named ports are, sorted
-	byAddress      bool                 // the egress of every identity is, and every pod without a sidecar
-	namedByAddress bool                 // the named ports of every pod are
+	byAddress      bool            // the egress of every identity is, and every pod without a sidecar
+	namedByAddress bool            // the named ports of every pod are
 }
 
 // setPod puts a pod in. Pods that use the node's network and pods that have ended are not pods to a policy.
@@ -195,7 +199,7 @@ func (x *Index) removePod(key string, c *change) {
 		delete(x.namespace(p.namespace).identities, i.id)
 	}
 	x.noteEgress(i)
-	x.leaveSubject(p)
+	x.leaveSubject(p, c)
 }
 
 // claim notes the addresses of a pod. Two pods claim one address for a while where it is used again before the old pod's object is
@@ -312,7 +316,7 @@ func (x *Index) rekey(p *pod, c *change) {
 	if p.subject != nil && p.subject.Key == key {
 		return
 	}
-	x.leaveSubject(p)
+	x.leaveSubject(p, c)
 	s, ok := x.subjects[key]
 	if !ok {
 		s = &Subject{Key: key, ID: p.ident.id, Mode: mode, pods: map[string]*pod{}}
@@ -324,7 +328,7 @@ func (x *Index) rekey(p *pod, c *change) {
 	c.pods[p.key] = true
 }
 
-func (x *Index) leaveSubject(p *pod) {
+func (x *Index) leaveSubject(p *pod, c *change) {
 	s := p.subject
 	if s == nil {
 		return
@@ -333,6 +337,7 @@ func (x *Index) leaveSubject(p *pod) {
 	delete(s.pods, p.key)
 	if len(s.pods) == 0 {
 		delete(x.subjects, s.Key)
+		c.gone[s.Key] = true
 		delete(x.dirty, s.Key)
 		x.read(s, uses{})
 		x.packets.forget(s)
