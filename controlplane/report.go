@@ -36,7 +36,7 @@ func (cp *ControlPlane) Report() status.Report {
 		if p.Sidecar {
 			s := sidecar(sidecars[name])
 			if g, ok := cp.given[name]; ok && g.uid == p.UID {
-				s.Certificate = g.leaf.NotAfter.UTC()
+				s.Certificate = g.until.UTC()
 			}
 			pod.Sidecar = &s
 		}

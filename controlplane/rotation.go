@@ -22,7 +22,8 @@ const settle = 2 * time.Second
 // given is what a pod was given last.
 type given struct {
 	uid    string
-	leaf   *x509.Certificate
+	leaf   []byte    // DER; parsed it would be six times as large
+	until  time.Time // it is valid
 	bundle *x509bundle.Bundle
 	at     time.Time // since when it has had that from this authority, with these roots
 }
@@ -31,7 +32,11 @@ type given struct {
 func (cp *ControlPlane) note(pod attest.Pod, leaf *x509.Certificate, bundle *x509bundle.Bundle) {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	next := given{uid: pod.UID, leaf: leaf, bundle: bundle, at: cp.now()}
+	if cp.bundle != nil && cp.bundle.Equal(bundle) {
+		bundle = cp.bundle // one for all
+	}
+	cp.bundle = bundle
+	next := given{uid: pod.UID, leaf: leaf.Raw, until: leaf.NotAfter, bundle: bundle, at: cp.now()}
 	if old, ok := cp.given[pod.String()]; ok && old.uid == pod.UID && cp.current(old) && cp.current(next) {
 		next.at = old.at
 	}
@@ -42,7 +47,11 @@ func (cp *ControlPlane) note(pod attest.Pod, leaf *x509.Certificate, bundle *x50
 
 // current reports whether a pod has what the authority gives now.
 func (cp *ControlPlane) current(g given) bool {
-	return g.bundle.Equal(cp.authority.Bundle()) && cp.authority.Signed(g.leaf)
+	if !g.bundle.Equal(cp.authority.Bundle()) {
+		return false
+	}
+	leaf, err := x509.ParseCertificate(g.leaf)
+	return err == nil && cp.authority.Signed(leaf)
 }
 
 // Behind lists the pods with a sidecar ("namespace/name", sorted) that may not use yet what the authority gives now: neither a certificate

@@ -27,7 +27,7 @@ type client struct {
 type typeState struct {
 	url      string
 	entries  map[string]*entry
-	pending  map[string]*entry    // what the next plan has to look at
+	pending  map[string]*entry    // what the next plan has to look at; nil: nothing, which is so nearly always
 	refusals map[string][]Refusal // NACKed versions by name; outlives entries and streams
 	counters Counters
 
@@ -84,7 +84,7 @@ func newClient(name Client) *client {
 func (c *client) typeState(url string) *typeState {
 	ts := c.types[url]
 	if ts == nil {
-		ts = &typeState{url: url, entries: map[string]*entry{}, pending: map[string]*entry{}}
+		ts = &typeState{url: url, entries: map[string]*entry{}}
 		c.types[url] = ts
 	}
 	return ts
@@ -123,9 +123,13 @@ func (ts *typeState) interested(e *entry) bool {
 
 // mark has the next plan look at an entry.
 func (ts *typeState) mark(e *entry) {
-	if ts.asked {
-		ts.pending[e.name] = e
+	if !ts.asked {
+		return
 	}
+	if ts.pending == nil {
+		ts.pending = map[string]*entry{}
+	}
+	ts.pending[e.name] = e
 }
 
 // publish takes a new set and reports whether anything is different, and whether the client is still known.
@@ -141,20 +145,12 @@ func (c *client) publish(set Set, now time.Time) (different, known bool) {
 	}
 	c.published = true
 	seq := c.seq + 1
-	for url, names := range c.set.types() {
-		for name := range names {
-			if set.names(url)[name] == nil {
-				c.want(url, name, nil, seq, now)
-				different = true
-			}
-		}
-	}
-	for url, names := range set.types() {
-		for name, r := range names {
-			if old := c.set.names(url)[name]; old == nil || old.Version != r.Version {
-				c.want(url, name, r, seq, now)
-				different = true
-			}
+	for d := range c.set.changes(set) {
+		different = true
+		if d.after == nil {
+			c.want(d.before.Type, d.before.Name, nil, seq, now)
+		} else {
+			c.want(d.after.Type, d.after.Name, d.after, seq, now)
 		}
 	}
 	c.set = set

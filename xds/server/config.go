@@ -120,8 +120,8 @@ func ServerOptions() []grpc.ServerOption { //nolint:revive // Options would be r
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ConnectionTimeout(20 * time.Second), // until the handshake is done; gRPC's default is 120 s
 		// A sidecar's connection is idle nearly always, and its requests are short: 32 KiB for reading and as much for writing, which is
-		// gRPC's default, would be most of what a sidecar costs.
-		grpc.ReadBufferSize(2 << 10),
+		// gRPC's default, would be most of what a sidecar costs. TLS has a buffer of its own to read from.
+		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(8 << 10),
 		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),

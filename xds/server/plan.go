@@ -71,6 +71,11 @@ func (c *client) plan(st *stream, cfg *Config) (out []planned, retryIn time.Dura
 			p.answer(ts)
 		}
 	}
+	for _, ts := range types {
+		if len(ts.pending) == 0 {
+			ts.pending = nil
+		}
+	}
 	if len(p.out) > 0 {
 		c.moved()
 	}

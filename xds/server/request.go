@@ -98,9 +98,9 @@ func (c *client) adopt(ts *typeState, versions map[string]string, now time.Time)
 	if len(versions) == 0 {
 		ts.refusals = nil
 	}
-	for name, e := range ts.entries {
+	for _, e := range ts.entries {
 		e.acked, e.held = "", ""
-		ts.pending[name] = e
+		ts.mark(e)
 	}
 	for name, version := range versions {
 		e := ts.entry(name)
@@ -109,7 +109,7 @@ func (c *client) adopt(ts *typeState, versions map[string]string, now time.Time)
 			e.seq = c.seq
 		}
 		e.acked, e.held, e.ackedAt = version, version, now
-		ts.pending[name] = e
+		ts.mark(e)
 	}
 }
 

@@ -1,10 +1,14 @@
 package server
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"iter"
+	"slices"
+	"strings"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/protobuf/proto"
@@ -61,34 +65,68 @@ func (r *Resource) size() int {
 type Set struct{ content *setContent }
 
 type setContent struct {
-	types map[string]map[string]*Resource // type URL → name
+	resources []*Resource // sorted by type URL and name
 }
 
 // NewSet makes a Set. Two resources of one type and name are an error.
 func NewSet(resources ...*Resource) (Set, error) {
-	content := &setContent{types: map[string]map[string]*Resource{}}
-	for _, r := range resources {
+	list := make([]*Resource, len(resources))
+	for i, r := range resources {
 		if r == nil || r.wire == nil {
 			return Set{}, errors.New("set of resources: one was not made by NewResource")
 		}
-		names := content.types[r.Type]
-		if names == nil {
-			names = map[string]*Resource{}
-			content.types[r.Type] = names
-		}
-		if names[r.Name] != nil {
+		list[i] = r
+	}
+	slices.SortFunc(list, compareResources)
+	for i := 1; i < len(list); i++ {
+		if r := list[i]; compareResources(list[i-1], r) == 0 {
 			return Set{}, fmt.Errorf("set of resources: %s %q is listed twice", r.Type, r.Name)
 		}
-		names[r.Name] = r
 	}
-	return Set{content}, nil
+	return Set{&setContent{list}}, nil
 }
 
-func (s Set) types() map[string]map[string]*Resource {
+func compareResources(a, b *Resource) int {
+	return cmp.Or(strings.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name))
+}
+
+// change is one resource as it is in two Sets; nil: it is not in that one.
+type change struct{ before, after *Resource }
+
+// changes ranges over what differs between two Sets.
+func (s Set) changes(next Set) iter.Seq[change] {
+	return func(yield func(change) bool) {
+		old, now := s.list(), next.list()
+		for len(old)+len(now) > 0 {
+			var c change
+			order := 0
+			switch {
+			case len(old) == 0:
+				order = 1
+			case len(now) == 0:
+				order = -1
+			default:
+				order = compareResources(old[0], now[0])
+			}
+			if order <= 0 {
+				c.before, old = old[0], old[1:]
+			}
+			if order >= 0 {
+				c.after, now = now[0], now[1:]
+			}
+			if order == 0 && c.before.Version == c.after.Version {
+				continue
+			}
+			if !yield(c) {
+				return
+			}
+		}
+	}
+}
+
+func (s Set) list() []*Resource {
 	if s.content == nil {
 		return nil
 	}
-	return s.content.types
+	return s.content.resources
 }
-
-func (s Set) names(typeURL string) map[string]*Resource { return s.types()[typeURL] }

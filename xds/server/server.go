@@ -233,7 +233,7 @@ func (s *Server) reset(c *client) (released []string) {
 				delete(ts.entries, name)
 			}
 		}
-		clear(ts.pending)
+		ts.pending = nil
 		ts.asked, ts.wildcard, ts.answerDue, ts.refused = false, false, false, nil
 	}
 	c.explicit = 0
