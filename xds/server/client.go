@@ -210,14 +210,10 @@ func (ts *typeState) settle(e *entry) {
 	}
 }
 
-// wake has the sender plan again. The channel holds one token: more would say the same.
+// wake has the stream's sender plan, if there is a stream.
 func (c *client) wake() {
-	if c.stream == nil {
-		return
-	}
-	select {
-	case c.stream.wake <- struct{}{}:
-	default:
+	if c.stream != nil {
+		c.stream.wake()
 	}
 }
 

@@ -10,7 +10,7 @@
 //	                                     │    │                       │
 //	      Refresh ──────────────────────►│ stale ──► OnDemand.Resolve │
 //	                                     │    │                       │
-//	                                     │    ▼   wake (one token)    │
+//	                                     │    ▼   wake                │
 //	                                     │  plan = wanted − held      │   DeltaDiscoveryResponse
 //	                                     │    └──► sender goroutine ──┼──────────────────────────► Envoy
 //	                                     │                            │
@@ -22,10 +22,10 @@
 //
 // # Sending
 //
-// One goroutine per stream sends. Woken, it compares what the client should hold with what it holds or has on its way, and
-// sends the difference; what changes while it writes is part of its next comparison. So there is no queue, nothing is delayed
-// on purpose, and a client that reads slowly skips versions and holds up nobody. No lock is held while sending, resolving or
-// marshalling; each client has a lock of its own.
+// One goroutine per stream sends, and ends when there is nothing to send: nearly all sidecars wait for nothing nearly always. Woken, it
+// compares what the client should hold with what it holds or has on its way, and sends the difference; what changes while it writes is part of
+// its next comparison. So there is no queue, nothing is delayed on purpose, and a client that reads slowly skips versions and holds up nobody. No
+// lock is held while sending, resolving or marshalling; each client has a lock of its own.
 //
 // Several responses may wait for their ACK, but a resource only has one version on its way: the next waits for the ACK of the
 // last, at most Config.AckPatience. A narrower policy is thus never held up by an unrelated resource, and by a sidecar that has

@@ -171,7 +171,7 @@ func (s *Server) attach(ctx context.Context, name Client, st *stream) error {
 		}
 		st.client, c.stream, c.connectedAt = c, st, s.cfg.Now()
 		published := c.published
-		s.running.Add(3)
+		s.running.Add(2)
 		c.mu.Unlock()
 		s.mu.RUnlock()
 		if len(released) > 0 {
@@ -189,6 +189,9 @@ func (s *Server) attach(ctx context.Context, name Client, st *stream) error {
 func (s *Server) detach(st *stream) {
 	c := st.client
 	c.mu.Lock()
+	if st.retry != nil {
+		st.retry.Stop()
+	}
 	var released []string
 	if c.stream == st {
 		released = s.reset(c)

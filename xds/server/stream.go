@@ -17,12 +17,18 @@ import (
 
 type deltaStream = grpc.BidiStreamingServer[discoveryv3.DeltaDiscoveryRequest, discoveryv3.DeltaDiscoveryResponse]
 
-// stream is one connection of a client. flights, sequence and types are guarded by client.mu.
+// stream is one connection of a client. What follows end is guarded by client.mu.
 type stream struct {
 	client *client
 	id     string // prefix of the nonces: an ACK that belongs to another stream must not fit here
-	wake   chan struct{}
+	server *Server
+	grpc   deltaStream
+	ctx    context.Context // of the stream
 	end    context.CancelCauseFunc
+
+	sending bool // there is a sender
+	again   bool // it is to look once more before it ends
+	retry   *time.Timer
 
 	flights  map[string]*flight // by nonce
 	sequence uint64
@@ -31,8 +37,8 @@ type stream struct {
 
 // DeltaAggregatedResources serves one sidecar until its stream ends, is replaced, or the server does.
 //
-// Three goroutines: this one, which waits for the end; one that receives; one that sends. The other two end when this one
-// returns, because gRPC then ends the stream under them.
+// Two goroutines: this one, which waits for the end, and one that receives. A third one sends, as long as there is something to send: idle
+// ones would be a sixth of what a sidecar costs. The others end when this one returns, because gRPC then ends the stream under them.
 func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 	name, err := s.cfg.Authenticator.Authenticate(g.Context())
 	if err != nil || name == "" {
@@ -43,7 +49,9 @@ func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 	defer cancel(nil)
 	st := &stream{
 		id:      fmt.Sprintf("%08x", rand.Uint32()),
-		wake:    make(chan struct{}, 1),
+		server:  s,
+		grpc:    g,
+		ctx:     ctx,
 		end:     cancel,
 		flights: map[string]*flight{},
 	}
@@ -55,7 +63,6 @@ func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 	}
 	defer s.running.Done()
 	go func() { defer s.running.Done(); cancel(s.receive(st, g)) }()
-	go func() { defer s.running.Done(); cancel(s.send(ctx, st, g)) }()
 	<-ctx.Done()
 	err = context.Cause(ctx)
 	s.detach(st)
@@ -118,28 +125,70 @@ func (s *Server) report(name Client, typeURL string, out outcome) {
 	}
 }
 
-// send is the only one that writes to the stream. Whatever happens while it writes is coalesced into its next plan.
-func (s *Server) send(ctx context.Context, st *stream, g deltaStream) error {
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
+// wake has what is to be sent looked for. The caller holds client.mu.
+func (st *stream) wake() {
+	if st.sending {
+		st.again = true
+		return
+	}
+	st.sending = true
+	st.server.running.Add(1) // the handler's own is still there: it leaves its client first
+	go func() {
+		defer st.server.running.Done()
+		if err := st.server.send(st); err != nil {
+			st.end(err)
+		}
+	}()
+}
+
+// send is the only one that writes to the stream, until there is nothing more to send. Whatever happens while it writes is coalesced into its
+// next plan. After an error nobody sends any more.
+func (s *Server) send(st *stream) error {
 	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-st.wake:
-		case <-timer.C:
+		if st.ctx.Err() != nil {
+			return context.Cause(st.ctx)
 		}
 		s.resolve(st)
 		out, retryIn := st.client.plan(st, &s.cfg)
 		for _, p := range out {
 			s.sending(st, p)
-			if err := g.Send(p.response); err != nil {
+			if err := st.grpc.Send(p.response); err != nil {
 				return err
 			}
 		}
-		if retryIn > 0 {
-			timer.Reset(retryIn)
+		if st.sent(retryIn) {
+			return nil
 		}
+	}
+}
+
+// sent ends a sender, unless it is to look again. retryIn is when to look without being woken; 0: not.
+func (st *stream) sent(retryIn time.Duration) (done bool) {
+	c := st.client
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if retryIn > 0 && c.stream == st {
+		if st.retry == nil {
+			st.retry = time.AfterFunc(retryIn, st.due)
+		} else {
+			st.retry.Reset(retryIn)
+		}
+	}
+	if st.again {
+		st.again = false
+		return false
+	}
+	st.sending = false
+	return true
+}
+
+// due is called when something has waited for its ACK long enough.
+func (st *stream) due() {
+	c := st.client
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stream == st {
+		st.wake()
 	}
 }
 
