@@ -3,7 +3,7 @@ package controlplane
 import (
 	"fmt"
 	"net/netip"
-	"strings"
+	"strconv"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -30,8 +30,9 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		return nil, false
 	}
 	d, ok := cp.index.DestinationFor(string(client), verdict.TCP, to)
-	var endpoints []xds.Endpoint
-	for _, e := range cp.index.Admitted(string(client), d) {
+	admitted := cp.index.Admitted(string(client), d)
+	endpoints := make([]xds.Endpoint, 0, len(admitted))
+	for _, e := range admitted {
 		if capturePort(e.Addr) {
 			continue
 		}
@@ -99,6 +100,7 @@ type demand struct {
 	known   map[string]bool                        // names that have stood for something while they were subscribed to
 	changes map[string]uint64                      // name → ControlPlane.changes when depends was noted
 	made    map[string]map[string]*server.Resource // name → endpoints → the cluster with these, for all who may reach the same
+	key     []byte                                 // of made, where it is written
 }
 
 // maxMade bounds the clusters that are kept of one name since the last change: there is one for each set of endpoints that some client may reach.
@@ -113,11 +115,14 @@ func newDemand() demand {
 
 // cluster returns the on-demand cluster with these endpoints, marshalled once for everybody.
 func (d *demand) cluster(name string, endpoints []xds.Endpoint, sessions xds.Resumption) (*server.Resource, error) {
-	var key strings.Builder
+	d.key = d.key[:0]
 	for _, e := range endpoints {
-		fmt.Fprintf(&key, "%v %v %v %v\n", e.Addr, e.ID, e.Peer, e.Always)
+		d.key = append(e.Addr.AppendTo(d.key), ' ')
+		d.key = append(append(d.key, e.ID.String()...), ' ')
+		d.key = append(append(d.key, e.Peer.String()...), ' ')
+		d.key = append(strconv.AppendBool(d.key, e.Always), '\n')
 	}
-	if r := d.made[name][key.String()]; r != nil {
+	if r := d.made[name][string(d.key)]; r != nil {
 		return r, nil
 	}
 	r, err := resource(xds.OnDemand(name, endpoints, sessions))
@@ -127,7 +132,7 @@ func (d *demand) cluster(name string, endpoints []xds.Endpoint, sessions xds.Res
 	if d.made[name] == nil || len(d.made[name]) >= maxMade {
 		d.made[name] = map[string]*server.Resource{}
 	}
-	d.made[name][key.String()] = r
+	d.made[name][string(d.key)] = r
 	return r, nil
 }
 

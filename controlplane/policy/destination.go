@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"crypto/sha256"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -119,7 +120,7 @@ func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from plac
 // a client only to the new one, or away from the one that went. Unlike a service proxy's, which forgets a client after
 // spec.sessionAffinityConfig.clientIP.timeoutSeconds without a connection, this choice has nothing to forget and never times out.
 func (x *Index) Admitted(client string, d Destination) []Endpoint {
-	var out []Endpoint
+	out := make([]Endpoint, 0, len(d.Endpoints))
 	for _, e := range d.Endpoints {
 		if a := x.Answer(client, d.Protocol, e.Addr); a.Allowed {
 			e.Always = a.Always
@@ -166,10 +167,15 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 		}
 		out = append(out, sp)
 	}
-	for addr := range x.services.claims {
-		for _, p := range x.services.owner(addr).ports {
-			if p.protocol == proto {
-				add(netip.AddrPortFrom(addr, p.number))
+	for v := range x.servicesOf(proto) {
+		for i, addr := range v.addrs {
+			if x.services.owner(addr) != v || slices.Index(v.addrs, addr) < i {
+				continue
+			}
+			for _, p := range v.ports {
+				if p.protocol == proto {
+					add(netip.AddrPortFrom(addr, p.number))
+				}
 			}
 		}
 	}
@@ -184,6 +190,20 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 	}
 	slices.SortFunc(out, func(a, b ServicePort) int { return a.Addr.Compare(b.Addr) })
 	return out
+}
+
+// servicesOf ranges over all services that have ports of a protocol, and maybe others.
+func (x *Index) servicesOf(proto verdict.Protocol) iter.Seq[*service] {
+	if proto == verdict.TCP {
+		return maps.Values(x.services.byKey)
+	}
+	return func(yield func(*service) bool) { // nearly none has any of these
+		for key := range x.packets.serving {
+			if !yield(x.services.byKey[key]) {
+				return
+			}
+		}
+	}
 }
 
 // place is where a client is. What is empty is not known, and is the same as nothing.
@@ -225,7 +245,7 @@ func (x *Index) behind(v *service, p servicePort, v4 bool, from place) Destinati
 	if !slices.ContainsFunc(all, usable) {
 		usable = func(c candidate) bool { return c.leaving && near(c) }
 	}
-	d := Destination{Service: v.key, Protocol: p.protocol, Local: v.local, Sticky: v.sticky}
+	d := Destination{Service: v.key, Protocol: p.protocol, Local: v.local, Sticky: v.sticky, Endpoints: make([]Endpoint, 0, len(all))}
 	for _, c := range all {
 		if usable(c) {
 			d.Endpoints = append(d.Endpoints, c.Endpoint)
@@ -272,6 +292,7 @@ func (x *Index) endpointsOf(v *service, p servicePort, v4 bool) []candidate {
 			if proto, err := verdict.ParseProtocol(string(deref(sp.Protocol))); err != nil || proto != p.protocol {
 				continue
 			}
+			out = slices.Grow(out, len(s.Endpoints))
 			for j := range s.Endpoints {
 				if c, ok := x.candidate(&s.Endpoints[j], uint16(*sp.Port)); ok && c.Addr.Addr().Is4() == v4 {
 					out = append(out, c)
