@@ -10,32 +10,12 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"github.com/mantlet/mantlet/controlplane"
-	"github.com/mantlet/mantlet/controlplane/policy"
 )
-
-// feed brings objects to a control plane. One that writes them to an API server and has a source bring them is to take its place.
-type feed interface {
-	load(*policy.Objects) error
-	// write brings one step of a change and returns when the write had returned: then the clock starts.
-	write(step) (time.Duration, error)
-}
 
 // step is what the control plane learns at once; a change is one or more.
 type step struct{ applied, deleted []metav1.Object }
 
 type change []step
-
-// direct hands objects over as a source does.
-type direct struct{ plane *controlplane.ControlPlane }
-
-func (d direct) load(o *policy.Objects) error { return d.plane.Load(o) }
-
-func (d direct) write(s step) (time.Duration, error) {
-	at := clock()
-	return at, d.plane.Update(s.applied, s.deleted)
-}
 
 // clock is the time since the machine was started: the same in all processes.
 func clock() time.Duration {

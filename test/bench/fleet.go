@@ -23,6 +23,7 @@ type bench struct {
 	world     *world
 	changed   change // since the shape's own objects
 	authority *ca.CA
+	api       *apiServer // nil: objects are handed over directly
 	plane     *process
 	address   string
 	fleet     map[string]*simulated
@@ -42,8 +43,16 @@ func newBench(ctx context.Context, o options) (*bench, error) {
 	if b.want, err = expected(b.world); err != nil {
 		return nil, err
 	}
+	if o.source == sourceAPI {
+		if b.api, err = startAPIServer(ctx); err != nil {
+			return nil, err
+		}
+		if err := b.api.load(ctx, b.world); err != nil {
+			return nil, errors.Join(err, b.api.Stop())
+		}
+	}
 	if err := b.start("127.0.0.1:0"); err != nil {
-		return nil, err
+		return nil, errors.Join(err, b.stopAPIServer())
 	}
 	h := b.plane.hello
 	b.loaded = sample{Workload: "load", Last: ms(h.Load), ServerCPU: ms(h.LoadCPU), allocs: h.Figures.Allocs, allocated: h.Figures.Allocated}
@@ -61,6 +70,9 @@ func (b *bench) start(listen string) error {
 		return err
 	}
 	c := planeConfig{Shape: b.shape, N: b.n, Listen: listen, CA: material, History: history, Profile: b.profile}
+	if b.api != nil {
+		c.Kubeconfig, c.History = b.api.Kubeconfig(), nil
+	}
 	if b.plane, err = startPlane(c); err != nil {
 		return err
 	}
@@ -145,5 +157,12 @@ func (b *bench) close() error {
 	for _, s := range b.fleet {
 		s.close()
 	}
-	return b.plane.stop()
+	return errors.Join(b.plane.stop(), b.stopAPIServer())
+}
+
+func (b *bench) stopAPIServer() error {
+	if b.api == nil {
+		return nil
+	}
+	return b.api.Stop()
 }

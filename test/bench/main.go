@@ -29,9 +29,16 @@ func main() {
 	}
 }
 
+// Sources of objects.
+const (
+	sourceDirect = "direct"
+	sourceAPI    = "api"
+)
+
 type options struct {
 	n, runs         int
 	shape, workload string
+	source          string
 	output          string
 	guard, docs     string
 	accept          bool
@@ -46,6 +53,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags.IntVar(&o.runs, "runs", 7, "runs of each workload, of which the medians are printed")
 	flags.StringVar(&o.shape, "shape", shapeSpread, shapeSpread+", "+shapeOne+" or "+shapeLarge)
 	flags.StringVar(&o.workload, "workload", "", "one workload; default: all")
+	flags.StringVar(&o.source, "source", sourceDirect, sourceDirect+" (objects are handed to the control plane) or "+sourceAPI+" (etcd and kube-apiserver, which it watches)")
 	flags.StringVar(&o.output, "o", "table", "table or json (one object for each workload)")
 	flags.StringVar(&o.profile, "profile", "", "folder for profiles (CPU, heap, classes of memory) of the control plane for each workload")
 	flags.StringVar(&o.guard, "guard", "", "file of counts that must not be exceeded by more than 15 %")
@@ -56,6 +64,9 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	}
 	if o.n < 40 || o.n%replicas != 0 {
 		return fmt.Errorf("-n %d: use a multiple of %d that is at least 40", o.n, replicas)
+	}
+	if o.source != sourceDirect && (o.source != sourceAPI || o.shape == shapeLarge || o.guard != "") {
+		return fmt.Errorf("-source %q: there are %s and, not for -shape %s and -guard, %s", o.source, sourceDirect, shapeLarge, sourceAPI)
 	}
 	switch {
 	case o.guard != "":
@@ -125,6 +136,8 @@ func (o options) wants(name string) bool {
 	switch {
 	case o.workload != "":
 		return o.workload == name
+	case o.source == sourceAPI && (name == "rolling-restart" || name == "restart"): // not about the source, and written for objects that are here
+		return false
 	case len(o.only) > 0:
 		return slices.Contains(o.only, name)
 	}

@@ -22,6 +22,8 @@ type sample struct {
 	ClientCPU float64 `json:"client_cpu_ms"`
 	RSS       int64   `json:"rss_bytes"` // of the control plane, after the run
 
+	pace
+
 	allocs, allocated uint64 // by the control plane: how many, bytes
 	mean              struct{ allocs, allocated uint64 }
 }
@@ -47,24 +49,12 @@ func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 // measure hands a change to the control plane and follows it to the last sidecar.
 func (b *bench) measure(c change) (sample, error) {
 	s := sample{Sidecars: len(b.fleet)}
-	b.world.take(c)
-	b.changed = append(b.changed, c...)
-	next, err := expected(b.world)
+	concerned, err := b.next(c)
 	if err != nil {
 		return s, err
 	}
-	concerned := difference(b.want, next)
-	for name := range concerned {
-		if b.fleet[name] == nil { // its sidecar comes later
-			delete(concerned, name)
-		}
-	}
-	b.want = next
-	steps, err := parcels(c)
+	write, err := b.prepare(c)
 	if err != nil {
-		return s, err
-	}
-	if _, err := b.plane.do(command{Op: "prepare", Steps: steps}); err != nil {
 		return s, err
 	}
 	runtime.GC()
@@ -74,7 +64,7 @@ func (b *bench) measure(c change) (sample, error) {
 	}
 	arrivals := b.expectAll(concerned)
 	client := cpu()
-	r, err := b.plane.do(command{Op: "write"})
+	at, err := write()
 	if err != nil {
 		return s, err
 	}
@@ -88,10 +78,47 @@ func (b *bench) measure(c change) (sample, error) {
 		return s, err
 	}
 	s.Affected = len(concerned)
-	s.times(times, r.At)
+	s.times(times, at)
 	s.used(before, after, client)
 	err = b.count(&s)
 	return s, err
+}
+
+// next makes a change here, and says what it means to the sidecars that there are.
+func (b *bench) next(c change) (map[string]versions, error) {
+	b.world.take(c)
+	b.changed = append(b.changed, c...)
+	next, err := expected(b.world)
+	if err != nil {
+		return nil, err
+	}
+	concerned := difference(b.want, next)
+	for name := range concerned {
+		if b.fleet[name] == nil { // its sidecar comes later
+			delete(concerned, name)
+		}
+	}
+	b.want = next
+	return concerned, nil
+}
+
+// prepare returns what makes a change, and says when its last write had returned: in the control plane's process, where it is brought first, or
+// at the API server.
+func (b *bench) prepare(c change) (write func() (time.Duration, error), err error) {
+	if b.api != nil {
+		return func() (time.Duration, error) { return b.api.write(b.ctx, c) }, nil
+	}
+	steps, err := parcels(c)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := b.plane.do(command{Op: "prepare", Steps: steps}); err != nil {
+		return nil, err
+	}
+	return func() (time.Duration, error) {
+		r, err := b.plane.do(command{Op: "write"})
+		return r.At, err
+	}, nil
 }
 
 // count enters what was sent, and the memory that the control plane has now.
@@ -124,6 +151,7 @@ func median(name string, runs []sample) (sample, error) {
 		P99: mid(runs, func(s sample) float64 { return s.P99 }), Last: mid(runs, func(s sample) float64 { return s.Last }),
 		ServerCPU: mid(runs, func(s sample) float64 { return s.ServerCPU }), ClientCPU: mid(runs, func(s sample) float64 { return s.ClientCPU }),
 	}
+	out.pace = runs[len(runs)-1].pace
 	out.allocs = mid(runs, func(s sample) uint64 { return s.allocs })
 	out.allocated = mid(runs, func(s sample) uint64 { return s.allocated })
 	for _, s := range runs {

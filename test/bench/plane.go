@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -17,7 +16,6 @@ import (
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/identity/attest"
 	"github.com/mantlet/mantlet/identity/ca"
-	"github.com/mantlet/mantlet/xds/server"
 )
 
 var trustDomain = spiffeid.RequireTrustDomainFromString("bench.test")
@@ -31,12 +29,15 @@ type planeConfig struct {
 	History []stepParcel `json:"history"` // what has changed of the objects that the shape has
 	Profile string       `json:"profile"` // folder for a profile of how the objects are taken over; "": none
 
+	// Kubeconfig is of an API server that has the objects; "": they are made here, and changes are handed over.
+	Kubeconfig string `json:"kubeconfig"`
+
 	IndexOnly bool `json:"index_only"` // compile, and serve nobody
 }
 
 // command is what it is told later, and reply what it answers to each. A change is prepared first, so that reading it is not measured.
 type command struct {
-	Op      string       `json:"op"` // "prepare", "write", "settle", "memory", "profile", "stop-profile"
+	Op      string       `json:"op"` // "prepare", "write", "pace", "backlog", "settle", "memory", "profile", "stop-profile"
 	Steps   []stepParcel `json:"steps"`
 	Profile string       `json:"profile"` // folder
 	Name    string       `json:"name"`    // of the profile
@@ -50,12 +51,14 @@ type stepParcel struct {
 type reply struct {
 	Error   string        `json:"error"`
 	Address string        `json:"address"`
-	At      time.Duration `json:"at"`   // when the last write of a change had returned
+	At      time.Duration `json:"at"`   // when the last write of a change began
 	Took    time.Duration `json:"took"` // from there until the control plane had published
 	Load    time.Duration `json:"load"` // from the objects to everything compiled and rendered
 	LoadCPU time.Duration `json:"load_cpu"`
 	Figures figures       `json:"figures"`
 	RSS     int64         `json:"rss"` // bytes
+	Pace    pace          `json:"pace"`
+	Backlog int           `json:"backlog"`
 }
 
 // runPlane is the process of the control plane: commands in, one reply to each out.
@@ -99,7 +102,6 @@ func runPlane(in io.Reader, out io.Writer) error {
 
 type plane struct {
 	*controlplane.ControlPlane
-	feed     feed
 	listener net.Listener
 	stop     func()
 	loaded   time.Duration
@@ -113,37 +115,19 @@ func config() controlplane.Config {
 }
 
 func newPlane(c planeConfig) (*plane, error) {
-	objects, err := c.objects()
-	if err != nil {
-		return nil, err
-	}
 	authority, err := ca.Load(ca.Config{TrustDomain: trustDomain}, c.CA)
 	if err != nil {
 		return nil, err
 	}
-	cp, g, err := controlplane.NewServer(config(), authority, tokens{}, server.Config{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")})
+	p := &plane{}
+	if c.Kubeconfig != "" {
+		return p, p.watch(c, authority)
+	}
+	objects, err := c.objects()
 	if err != nil {
 		return nil, err
 	}
-	p := &plane{ControlPlane: cp, feed: direct{cp}}
-	prof, err := startProfile(c.Profile, "load")
-	if err != nil {
-		return nil, err
-	}
-	began, used := clock(), cpu()
-	if err := p.feed.load(objects); err != nil {
-		return nil, err
-	}
-	p.loaded, p.loadCPU = clock()-began, cpu()-used
-	if err := prof.stop(); err != nil {
-		return nil, err
-	}
-	if p.listener, err = net.Listen("tcp", c.Listen); err != nil {
-		return nil, err
-	}
-	go func() { _ = g.Serve(p.listener) }() // ends with Stop
-	p.stop = func() { cp.Close(); g.Stop() }
-	return p, nil
+	return p, p.serve(c, authority, func(cp *controlplane.ControlPlane) error { return cp.Load(objects) })
 }
 
 // objects makes them here: they need not be brought, and no world beside them stays in the memory that is measured.
@@ -167,12 +151,19 @@ func (p *plane) do(c command) (r reply, err error) {
 	case "prepare":
 		p.prepared, err = unparcel(c.Steps)
 	case "write":
+		r.At = clock()
 		for _, s := range p.prepared {
-			if r.At, err = p.feed.write(s); err != nil {
+			r.At = clock()
+			if err := p.Update(s.applied, s.deleted); err != nil {
 				return r, err
 			}
 		}
 		r.Took = clock() - r.At
+	case "pace":
+		r.Pace, err = keepPace(p.prepared, func(s step) error { return p.Update(s.applied, s.deleted) }, func() (int, error) { return p.backlog(), nil })
+		r.At = clock()
+	case "backlog":
+		r.Backlog = p.backlog()
 	case "settle":
 		r.Figures, err = p.settle()
 	case "memory":

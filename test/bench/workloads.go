@@ -27,6 +27,7 @@ var workloads = []workload{
 	{"rolling-restart", 3, rollingRestart},
 	{"namespace-relabel", 0, relabel},
 	{"service-change", 0, serviceChange},
+	{"sustained", 1, sustained},
 	{"svid-rotation", 3, svidRotation},
 	{"restart", 3, restart},
 }

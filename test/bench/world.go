@@ -99,7 +99,7 @@ func (w *world) addDNS() {
 	s := service{namespace: "kube-system", name: "kube-dns", addr: netip.MustParseAddr("172.16.0.10")}
 	w.put(&corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Namespace: s.namespace, Name: s.name, CreationTimestamp: metav1.NewTime(born)},
-		Spec: corev1.ServiceSpec{ClusterIPs: []string{s.addr.String()}, Ports: []corev1.ServicePort{
+		Spec: corev1.ServiceSpec{ClusterIP: s.addr.String(), ClusterIPs: []string{s.addr.String()}, Ports: []corev1.ServicePort{
 			{Name: "dns", Protocol: corev1.ProtocolUDP, Port: 53}, {Name: "dns-tcp", Protocol: corev1.ProtocolTCP, Port: 53}}},
 	})
 	slice := newSlice(s, map[string]corev1.Protocol{"dns": corev1.ProtocolUDP, "dns-tcp": corev1.ProtocolTCP}, 53)
@@ -127,7 +127,7 @@ func (w *world) addService(namespace string, i int) {
 	s := service{namespace: namespace, name: "app-" + strconv.Itoa(i), addr: at(netip.MustParseAddr("172.16.1.0"), i)}
 	w.put(&corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: s.name, CreationTimestamp: metav1.NewTime(born)},
-		Spec:       corev1.ServiceSpec{ClusterIPs: []string{s.addr.String()}, Ports: []corev1.ServicePort{{Name: "http", Protocol: corev1.ProtocolTCP, Port: 80}}},
+		Spec:       corev1.ServiceSpec{ClusterIP: s.addr.String(), ClusterIPs: []string{s.addr.String()}, Ports: []corev1.ServicePort{{Name: "http", Protocol: corev1.ProtocolTCP, Port: 80}}},
 	})
 	slice := newSlice(s, map[string]corev1.Protocol{"http": corev1.ProtocolTCP}, 8080)
 	for range replicas {
