@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 
+	"github.com/mantlet/mantlet/controlplane"
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/replica"
@@ -54,6 +55,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 			if err := errors.Join(f.configured(cmd.Flags()), f.read()); err != nil {
 				return err
 			}
+			controlplane.LimitGarbage()
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
 			return replica.Run(ctx, f.cfg)

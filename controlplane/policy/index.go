@@ -174,6 +174,12 @@ func (c *change) delta() Delta {
 }
 
 func (x *Index) finish(c *change) Delta {
+	x.settle(c)
+	return c.delta()
+}
+
+// settle marks what a change has touched in the index itself.
+func (x *Index) settle(c *change) {
 	for k := range c.subjects {
 		if _, ok := x.subjects[k]; !ok {
 			delete(c.subjects, k)
@@ -187,7 +193,6 @@ func (x *Index) finish(c *change) Delta {
 		}
 	}
 	x.touchPackets(c)
-	return c.delta()
 }
 
 func sortedKeys(m map[string]bool) []string {
@@ -280,7 +285,7 @@ func (x *Index) ApplyAll(o *Objects) error {
 	for _, obj := range all {
 		errs = append(errs, x.apply(obj, c))
 	}
-	x.finish(c)
+	x.settle(c)
 	return errors.Join(errs...)
 }
 

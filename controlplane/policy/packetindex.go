@@ -74,10 +74,15 @@ func (x *Index) packetPeer(p *pod) packetPeer {
 		return packetPeer{}
 	}
 	out := packetPeer{id: p.ident.id, sidecar: p.sidecar, addrs: x.owned(p)}
-	if !p.sidecar && len(x.isolating(p, ingressOf)) > 0 {
+	if x.restricts(p) {
 		out.subject = p.subject.Key
 	}
 	return out
+}
+
+// restricts reports whether a pod has no sidecar, and policy isolates it for ingress.
+func (x *Index) restricts(p *pod) bool {
+	return !p.sidecar && slices.ContainsFunc(x.namespace(p.namespace).sortedPolicies(), func(q *netpol) bool { return q.ingress.isolates && q.pods.matches(p.labels) })
 }
 
 func (a packetPeer) same(b packetPeer) bool {
@@ -102,7 +107,7 @@ func (x *Index) touchPackets(c *change) {
 			if !c.pods[name] {
 				peers = append(peers, name)
 			}
-			if x.packets.restricting[name] || x.packetPeer(p).subject != "" { // whom it hears may be others now
+			if x.packets.restricting[name] || x.restricts(p) { // whom it hears may be others now
 				restricts = true
 				maps.Copy(touched, x.packets.naming[p.ident.id])
 			}

@@ -68,6 +68,7 @@ func runPlane(in io.Reader, out io.Writer) error {
 	if err := commands.Decode(&c); err != nil {
 		return err
 	}
+	controlplane.LimitGarbage()
 	if c.IndexOnly {
 		r, err := runIndex(c)
 		if err != nil {
