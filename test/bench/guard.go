@@ -21,8 +21,8 @@ type counts struct {
 const (
 	// tolerance is by how much a count may exceed the baseline.
 	tolerance = 1.15
-	guardSize = 200
-	guardRuns = 15
+	guardSize = 100
+	guardRuns = 9
 	// What is counted apart from the workload: the runtime counts allocations by whole spans, and pools are emptied whenever it collects.
 	allocsSlack, allocatedSlack = 500, 100_000
 )
