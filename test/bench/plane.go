@@ -179,6 +179,9 @@ func (p *plane) do(c command) (r reply, err error) {
 	return r, err
 }
 
+// unanswered is how many looks without any change say that responses will not be answered any more: their streams have ended.
+const unanswered = 400
+
 // settle waits until nothing is on its way any more: there is an answer for each response, and three looks in a row find the same counts. It is
 // done in here: to be asked again and again would cost more than some changes do.
 func (p *plane) settle() (figures, error) {
@@ -188,12 +191,12 @@ func (p *plane) settle() (figures, error) {
 	same := 0
 	for began := clock(); clock()-began < patience; <-look.C {
 		f := p.figures()
-		if f.Responses == last.Responses && f.Answers == f.Responses {
+		if f.Responses == last.Responses && f.Answers == last.Answers {
 			same++
 		} else {
 			same = 0
 		}
-		if last = f; same == 3 {
+		if last = f; same >= 3 && f.Answers == f.Responses || same == unanswered {
 			return f, nil
 		}
 	}
