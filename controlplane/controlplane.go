@@ -62,6 +62,7 @@ type ControlPlane struct {
 	outbound     outbound
 	static       []*server.Resource // clusters, the same for everybody
 	demand       demand
+	required     requiring
 	published    map[string]bool // pods of which the present publish has been so far
 	loaded       bool            // objects are complete: nothing is published before
 	expiry       *time.Timer     // of what is retired; nil: nothing is
@@ -111,6 +112,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		nodes:    map[string]nodeResources{},
 		outbound: outbound{},
 		demand:   newDemand(),
+		required: requiring{},
 	}
 	for _, cl := range xds.Clusters() {
 		r, err := resource(cl)
@@ -142,6 +144,7 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	defer cp.mu.Unlock()
 	cp.changes++
 	err := cp.index.ApplyAll(o)
+	cp.required.load(o.Namespaces)
 	cp.loaded = true
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
@@ -174,9 +177,11 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 	before := cp.present(applied, deleted)
 	for _, obj := range deleted {
 		take(cp.index.Delete(obj))
+		cp.required.delete(obj)
 	}
 	for _, obj := range applied {
 		take(cp.index.Apply(obj))
+		cp.required.apply(obj)
 	}
 	touched = append(touched, cp.succeed(before)...)
 	if cp.loaded {

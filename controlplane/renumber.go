@@ -21,6 +21,7 @@ func (cp *ControlPlane) Renumber(pods, services []netip.Prefix, o *policy.Object
 	cp.changes++
 	cp.index = policy.NewIndex(cp.policy)
 	err := cp.index.ApplyAll(o)
+	cp.required.load(o.Namespaces)
 	cp.index.Inherit(before)
 	for _, name := range before.PodNames() {
 		was, _ := before.Pod(name)

@@ -24,7 +24,7 @@ func (cp *ControlPlane) Report() status.Report {
 	}
 	modes := cp.index.Modes()
 	for _, name := range slices.Sorted(maps.Keys(modes)) {
-		r.Namespaces = append(r.Namespaces, status.Namespace{Name: name, Mode: modes[name].String()})
+		r.Namespaces = append(r.Namespaces, status.Namespace{Name: name, Mode: modes[name].String(), Required: cp.required[name]})
 	}
 	sidecars := map[string]server.ClientStatus{}
 	for _, c := range cp.xds.Ledger().Snapshot() {

@@ -113,7 +113,18 @@ func TestReport(t *testing.T) {
 		}
 		return p
 	}
+	required := func() bool {
+		return slices.Contains(cp.Report().Namespaces, status.Namespace{Name: "shop", Mode: "permissive", Required: true})
+	}
+	w.apply(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{policy.InjectLabel: "required"}}})
 	w.apply(np(1))
+	if !required() {
+		t.Errorf("the namespace's label is not told: %+v", cp.Report().Namespaces)
+	}
+	w.apply(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{policy.InjectLabel: "enabled"}}})
+	if required() {
+		t.Error("the namespace is said to require sidecars still")
+	}
 	well, refusing, away := w.scale("db"), w.scale("db"), w.scale("db")
 	api := w.scale("api")
 	bare := w.pod("db")

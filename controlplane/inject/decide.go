@@ -24,9 +24,10 @@ func NamespaceOf(o *corev1.Namespace) Namespace {
 	return Namespace{Name: o.Name, Labels: o.Labels, Annotations: o.Annotations}
 }
 
-// Values of policy.InjectLabel: on namespaces the first two, as a pod's annotation the others.
+// Values of policy.InjectLabel: on namespaces the first three, as a pod's annotation the others.
 const (
 	enabled  = "enabled"
+	required = names.InjectRequired
 	disabled = "disabled"
 	yes      = "true"
 	no       = "false"
@@ -38,8 +39,8 @@ func (c Config) IsSystem(namespace string) bool {
 }
 
 // asked reports whether a pod is to have a sidecar. Outside of system namespaces its own annotation goes first, as in package source, then
-// its namespace's label. A pod with an init container of the sidecar's name asks by that, whatever the label says: the control plane takes
-// such a container for a sidecar, and gives it the pod's identity; so it has to be ours.
+// its namespace's label; only where that is "required" the pod may not opt out. A pod with an init container of the sidecar's name asks by
+// that, whatever the label says: the control plane takes such a container for a sidecar, and gives it the pod's identity; so it has to be ours.
 func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	if c.IsSystem(ns.Name) {
 		return false, nil
@@ -51,6 +52,10 @@ func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	case v == no && named:
 		return false, field.Invalid(field.NewPath("metadata", "annotations").Key(policy.InjectLabel), v,
 			"the pod is to have no sidecar, and has an init container "+names.Container+", which would count as one: remove that, or the annotation")
+	case v == no && ns.Labels[policy.InjectLabel] == required && noPolicy(pod) == "":
+		return false, field.Forbidden(field.NewPath("metadata", "annotations").Key(policy.InjectLabel),
+			fmt.Sprintf("namespace %s has the label %s: %s, so none of its pods may go without a sidecar; remove the annotation, or run the pod in another namespace",
+				ns.Name, policy.InjectLabel, required))
 	case v == no:
 		return false, nil
 	case ok:
@@ -61,7 +66,7 @@ func (c Config) asked(pod *corev1.Pod, ns Namespace) (bool, *field.Error) {
 	switch ns.Labels[policy.InjectLabel] {
 	case disabled:
 		return false, nil
-	case enabled:
+	case enabled, required:
 		return true, nil
 	}
 	return c.Default, nil

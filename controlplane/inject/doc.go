@@ -34,6 +34,10 @@
 //
 // What defeats enforcement: see rules.go, with the reason for each. A namespace may allow most of it by names.AllowAnnotation.
 //
+// A pod may opt out by the annotation policy.InjectLabel "false", unless its namespace's label of that name is names.InjectRequired. Pods of the
+// node's network, static ones and those for Windows have no sidecar in such a namespace either: no NetworkPolicy applies to them, and who may
+// run them is Pod Security's to say.
+//
 // What cannot be seen in a pod: a container that runs as root with the capabilities that container runtimes give by default has NET_RAW, with
 // which Linux since 5.17 lets it set the proxy's mark, and SETUID, with which it becomes the proxy's user; either takes it past its own
 // sidecar. Inject warns of it. The destination's sidecar refuses such a connection all the same where it is strict, since it has no identity.

@@ -187,6 +187,10 @@ func TestAsked(t *testing.T) {
 		{no, enabled, "shop", true, false, false},
 		{yes, "", "shop", false, true, false},
 		{yes, disabled, "shop", false, true, false},
+		{"", required, "shop", false, true, false},
+		{yes, required, "shop", false, true, false},
+		{no, required, "shop", false, false, true},
+		{no, required, "kube-system", false, false, false},
 		{"yes", enabled, "shop", false, false, true},
 		{"", enabled, "kube-system", true, false, false},
 		{"", "", "mantlet-system", true, false, false},
@@ -210,6 +214,18 @@ func TestAsked(t *testing.T) {
 		out := c.annotation != "" && c.annotation != yes
 		if got, err := cfg.asked(pod, ns); got != (!system && !out) || (err != nil) != (!system && out) {
 			t.Errorf("%+v, with a container of the sidecar's name: got %t, %v", c, got, err)
+		}
+	}
+}
+
+// Where no policy applies there is nothing to require.
+func TestRequiredOfOthers(t *testing.T) {
+	for name, spec := range map[string]corev1.PodSpec{"hostNetwork": {HostNetwork: true}, "Windows": {OS: &corev1.PodOS{Name: corev1.Windows}}} {
+		pod := &corev1.Pod{Spec: spec}
+		pod.Annotations = map[string]string{policy.InjectLabel: no}
+		r, err := Inject(pod, Namespace{Name: "shop", Labels: map[string]string{policy.InjectLabel: required}}, testConfig())
+		if err != nil || r.Left == "" {
+			t.Errorf("%s: left %q, %v", name, r.Left, err)
 		}
 	}
 }

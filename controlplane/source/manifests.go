@@ -17,7 +17,7 @@ import (
 type InjectScope int
 
 const (
-	// InjectLabeled gives a sidecar to the pods of namespaces with the label policy.InjectLabel=enabled.
+	// InjectLabeled gives a sidecar to the pods of namespaces whose label policy.InjectLabel is enabled or required.
 	InjectLabeled InjectScope = iota
 	// InjectAll gives one to the pods of every namespace.
 	InjectAll

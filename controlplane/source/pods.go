@@ -7,6 +7,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
 )
 
@@ -107,15 +108,18 @@ func readiness(p *corev1.Pod) (ready, said bool) {
 
 // inject marks the pods that get a sidecar, and unmarks the others.
 func (r *reader) inject() {
-	labeled := map[string]bool{}
+	labeled, required := map[string]bool{}, map[string]bool{}
 	for _, ns := range r.namespaces {
 		switch v, ok := ns.Labels[policy.InjectLabel]; {
 		case v == "enabled":
 			labeled[ns.Name] = true
+		case v == names.InjectRequired:
+			labeled[ns.Name], required[ns.Name] = true, true
 		case ok && v != "disabled":
-			r.warn("namespace %s: label %s: %s has no effect; the value that gives sidecars is enabled", ns.Name, policy.InjectLabel, v)
+			r.warn("namespace %s: label %s: %s has no effect; the values that give sidecars are enabled and %s", ns.Name, policy.InjectLabel, v, names.InjectRequired)
 		}
 	}
+	var out []string
 	injected := 0
 	for _, p := range r.pods {
 		in := r.o.Inject == InjectAll || labeled[p.Namespace]
@@ -124,6 +128,9 @@ func (r *reader) inject() {
 			in = true
 		case "false":
 			in = false
+			if required[p.Namespace] {
+				out = append(out, p.Namespace+"/"+p.Name)
+			}
 		}
 		if !in {
 			delete(p.Annotations, policy.SidecarAnnotation)
@@ -134,6 +141,10 @@ func (r *reader) inject() {
 			p.Annotations = map[string]string{}
 		}
 		p.Annotations[policy.SidecarAnnotation] = policy.SidecarInjected
+	}
+	if len(out) > 0 { // those of a cluster that were there before the label are such pods, and run
+		r.warn("they opt out in namespaces with the label %s: %s, which refuse such pods when they are made; here they count as pods without sidecar: %s",
+			policy.InjectLabel, names.InjectRequired, some(out))
 	}
 	if injected == 0 && len(r.pods) > 0 {
 		r.warn("no pod gets a sidecar, so no policy is enforced: label namespaces %s: enabled, or use --inject-all", policy.InjectLabel)

@@ -111,17 +111,21 @@ func namespaces(reports []Report, pods map[string]present) (list []NamespaceStat
 	byName := map[string]*NamespaceStatus{}
 	for _, r := range reports {
 		for _, n := range r.Namespaces {
-			byName[n.Name] = &NamespaceStatus{Name: n.Name, Mode: n.Mode, Exempt: n.Exempt}
+			byName[n.Name] = &NamespaceStatus{Name: n.Name, Mode: n.Mode, Exempt: n.Exempt, Required: n.Required}
 		}
 	}
-	for name, p := range pods {
+	for _, name := range slices.Sorted(maps.Keys(pods)) {
+		p := pods[name]
 		n := byName[namespaceOf(name)]
 		if n == nil {
 			continue
 		}
 		n.Pods++
-		if p.Sidecar != nil {
+		switch {
+		case p.Sidecar != nil:
 			n.Sidecars++
+		case n.Required && !n.Exempt:
+			n.Missing = append(n.Missing, name)
 		}
 		if p.state == InForce {
 			n.InForce++

@@ -22,6 +22,8 @@ type Namespace struct {
 	Mode string `json:"mode"` // permissive or strict
 	// Exempt says that its pods get no sidecars, whatever they ask for: Mantlet's own and the cluster's own, which must not wait for Mantlet.
 	Exempt bool `json:"exempt,omitempty"`
+	// Required says that it refuses new pods without sidecar (its label mantlet.dev/inject: required).
+	Required bool `json:"required,omitempty"`
 }
 
 // Pod is one to which policy applies: not of the node's network, and not ended.

@@ -43,10 +43,13 @@ type ReplicaStatus struct {
 type NamespaceStatus struct {
 	Name     string `json:"name"`
 	Mode     string `json:"mode"`
-	Exempt   bool   `json:"exempt,omitempty"` // its pods get no sidecars
+	Exempt   bool   `json:"exempt,omitempty"`   // its pods get no sidecars
+	Required bool   `json:"required,omitempty"` // it refuses new pods without sidecar
 	Pods     int    `json:"pods"`
 	Sidecars int    `json:"sidecars"`
 	InForce  int    `json:"inForce"`
+	// Missing are the pods without sidecar where it is required: they were there before it was, or while the webhooks were not.
+	Missing []string `json:"missing,omitempty"`
 }
 
 // PolicyStatus is where a policy is in force.
@@ -112,6 +115,11 @@ func (s Status) judged() State {
 		return Unknown
 	}
 	var states []State
+	for _, n := range s.Namespaces {
+		if len(n.Missing) > 0 {
+			return NotEverywhere
+		}
+	}
 	for _, p := range s.Policies {
 		states = append(states, p.State)
 	}

@@ -34,10 +34,18 @@ func (s Status) Table(w io.Writer, detail Detail, now time.Time) error {
 	t.row("NAMESPACE", "MODE", "PODS", "SIDECARS", "IN FORCE")
 	for _, n := range s.Namespaces {
 		mode := n.Mode
-		if n.Exempt {
+		switch {
+		case n.Exempt:
 			mode = string(Exempt)
+		case n.Required:
+			mode += ", required"
 		}
 		t.row(n.Name, mode, n.Pods, n.Sidecars, n.InForce)
+	}
+	for _, n := range s.Namespaces {
+		if len(n.Missing) > 0 {
+			t.row(fmt.Sprintf("%s requires sidecars, and has none in %s, to be replaced: %s", n.Name, count(len(n.Missing), "pod"), named(n.Missing)))
+		}
 	}
 	t.row()
 	t.row("POLICY", "ENFORCEMENT")

@@ -54,6 +54,10 @@ const (
 	InjectedAnnotation = "mantlet.dev/injected"
 )
 
+// InjectRequired is the value of the label policy.InjectLabel with which a namespace gives all of its pods a sidecar, and refuses those that opt out;
+// "enabled" lets a pod opt out. Pods to which no policy applies (hostNetwork, static, Windows) get none in either.
+const InjectRequired = "required"
+
 // Where Mantlet itself is, unless the installation says otherwise.
 const (
 	// SystemNamespace is the control plane's namespace.

@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -255,6 +256,7 @@ func TestAPIServer(t *testing.T) {
 	l := listen(t, "127.0.0.1:0")
 	address := l.Addr().String()
 	w.namespace("shop", map[string]string{policy.InjectLabel: "enabled"})
+	w.namespace("must", map[string]string{policy.InjectLabel: names.InjectRequired})
 	w.namespace("plain", nil)
 	w.namespace("baseline", map[string]string{policy.InjectLabel: "enabled", "pod-security.kubernetes.io/enforce": "baseline"})
 	t.Run("Pod Security", func(t *testing.T) { testPodSecurity(t, w) }) // before the webhooks, which make any sidecar that of their own configuration
@@ -266,6 +268,12 @@ func TestAPIServer(t *testing.T) {
 			err = inject.Verify(p, inject.Namespace{Name: "shop", Labels: map[string]string{policy.InjectLabel: "enabled"}}, testInject())
 		}
 		return err
+	})
+	w.await("the guards are known", func() error {
+		if _, err := w.create("must", metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}, annotated("false")); err == nil {
+			return errors.New("a pod may opt out where sidecars are required")
+		}
+		return nil
 	})
 	t.Run("admission", func(t *testing.T) { testAdmission(t, w) })
 	t.Run("tenant", func(t *testing.T) { testTenant(t, w) })
@@ -310,6 +318,11 @@ func testAdmission(t *testing.T, w *world) {
 		{name: "nobody asks", namespace: "plain"},
 		{name: "no such value", namespace: "plain", change: annotated("yes"), refused: `supported values: "true", "false"`},
 		{name: "privileged", namespace: "shop", change: privileged, refused: "take the redirect to its sidecar away"},
+		{name: "required", namespace: "must", injected: true},
+		{name: "required, opted in", namespace: "must", change: annotated("true"), injected: true},
+		{name: "required, opted out", namespace: "must", change: annotated("false"), refused: "namespace must has the label mantlet.dev/inject: required"},
+		{name: "required, opted out, host network", namespace: "must", change: func(p *corev1.Pod) { annotated("false")(p); hostNetwork(p) }},
+		{name: "required, host network", namespace: "must", change: hostNetwork, warned: "to which NetworkPolicy does not apply"},
 		{name: "host network", namespace: "shop", change: hostNetwork, warned: "to which NetworkPolicy does not apply"},
 		{name: "Pod Security", namespace: "baseline", refused: "capture=node"},
 		{name: "system namespace", namespace: "kube-system"},
@@ -403,6 +416,9 @@ func testWithout(t *testing.T, w *world) {
 	}
 	if _, err := w.create("plain", metav1.CreateOptions{}, annotated("true")); err == nil {
 		t.Error("a pod that asks for a sidecar itself is created")
+	}
+	if _, err := w.create("must", metav1.CreateOptions{}, annotated("false")); err == nil || !strings.Contains(err.Error(), "may go without") {
+		t.Errorf("a pod that opts out where sidecars are required: %v", err)
 	}
 	for name, err := range map[string]error{
 		"Mantlet's own namespace": second(w.create(names.SystemNamespace, metav1.CreateOptions{}, restricted)),

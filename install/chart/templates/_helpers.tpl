@@ -46,7 +46,7 @@ sidecar:
   values: [disabled]
   {{- else }}
   operator: In
-  values: [enabled]
+  values: [enabled, required]
   {{- end }}
 {{ include "mantlet.excluded" . }}
 {{- end }}
@@ -59,7 +59,7 @@ sidecar:
   values: [disabled]
   {{- else }}
   operator: NotIn
-  values: [enabled]
+  values: [enabled, required]
   {{- end }}
 {{ include "mantlet.excluded" . }}
 {{- end }}
