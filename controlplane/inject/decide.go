@@ -87,7 +87,7 @@ func noPolicy(pod *corev1.Pod) string {
 
 // allowed is what a namespace allows, and a warning for each word that means nothing.
 func (ns Namespace) allowed() (map[string]bool, []string) {
-	known := []string{names.AllowCapabilities, names.AllowProxyUser, names.AllowHostPID, names.AllowSharedProcesses, names.AllowExec}
+	known := []string{names.AllowCapabilities, names.AllowProxyUser, names.AllowHostPID, names.AllowSharedProcesses, names.AllowHostPath, names.AllowExec}
 	allowed := map[string]bool{}
 	var warnings []string
 	for word := range strings.SplitSeq(ns.Annotations[names.AllowAnnotation], ",") {

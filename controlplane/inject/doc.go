@@ -32,7 +32,7 @@
 //
 // # What is refused
 //
-// What defeats enforcement: see rules.go, with the reason for each. A namespace may allow most of it by names.AllowAnnotation.
+// What defeats enforcement: see rules.go and hostpath.go, with the reason for each. A namespace may allow most of it by names.AllowAnnotation.
 //
 // A pod may opt out by the annotation policy.InjectLabel "false", unless its namespace's label of that name is names.InjectRequired. Pods of the
 // node's network, static ones and those for Windows have no sidecar in such a namespace either: no NetworkPolicy applies to them, and who may

@@ -36,6 +36,9 @@ func inspect(pod *corev1.Pod, allowed map[string]bool) []Reason {
 	}
 	reasons = append(reasons, reservedVolumes(pod)...)
 	reasons = append(reasons, tokens(pod)...)
+	if !allowed[names.AllowHostPath] {
+		reasons = append(reasons, hostPaths(pod)...)
+	}
 	for i := range pod.Spec.InitContainers {
 		if c := &pod.Spec.InitContainers[i]; c.Name != names.Container { // that one is replaced
 			reasons = append(reasons, inspectContainer(pod, c, spec.Child("initContainers").Index(i), allowed)...)

@@ -92,6 +92,8 @@ const (
 	AllowHostPID = "host-pid"
 	// AllowSharedProcesses: pods with shareProcessNamespace.
 	AllowSharedProcesses = "shared-processes"
+	// AllowHostPath: pods with hostPath volumes that lead to container runtimes, the kubelet, network plugins or processes of the node.
+	AllowHostPath = "host-path"
 	// AllowExec: kubectl exec into sidecars.
 	AllowExec = "sidecar-exec"
 )

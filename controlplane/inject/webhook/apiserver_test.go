@@ -240,6 +240,12 @@ func annotated(value string) func(*corev1.Pod) {
 
 func hostNetwork(p *corev1.Pod) { p.Spec.HostNetwork = true }
 
+func hostPath(path string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) {
+		p.Spec.Volumes = []corev1.Volume{{Name: "node", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: path}}}}
+	}
+}
+
 func listen(t testing.TB, address string) net.Listener {
 	t.Helper()
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
@@ -324,6 +330,8 @@ func testAdmission(t *testing.T, w *world) {
 		{name: "required, opted out, host network", namespace: "must", change: func(p *corev1.Pod) { annotated("false")(p); hostNetwork(p) }},
 		{name: "required, host network", namespace: "must", change: hostNetwork, warned: "to which NetworkPolicy does not apply"},
 		{name: "host network", namespace: "shop", change: hostNetwork, warned: "to which NetworkPolicy does not apply"},
+		{name: "the node's files", namespace: "shop", change: hostPath("/var/run/"), refused: "with /run of the node the pod gets past sidecars"},
+		{name: "harmless files of the node", namespace: "shop", change: hostPath("/srv/data"), injected: true},
 		{name: "Pod Security", namespace: "baseline", refused: "capture=node"},
 		{name: "system namespace", namespace: "kube-system"},
 		{name: "own namespace", namespace: names.SystemNamespace, change: restricted},
