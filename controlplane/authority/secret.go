@@ -6,25 +6,21 @@
 //	                   └──Publish──► ConfigMap mantlet-root in every namespace
 //
 // The first replica ever makes the root. Of several that start at once the API server lets one create the Secret; the others take what is
-// there then.
+// there then. Where the Secret is deleted whoever is first makes it anew: a running replica with the root in force, or one that just starts with a
+// new root. Then those that run stop, and start again with what is in the Secret, so that there is one root in the end (follow.go).
 package authority
 
 import (
 	"context"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"log/slog"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/cache"
 
 	"github.com/mantlet/mantlet/identity/ca"
 )
@@ -87,63 +83,4 @@ func (s Secret) create(ctx context.Context, authority *ca.CA) error {
 
 func material(s *corev1.Secret) ca.Material {
 	return ca.Material{Key: s.Data[corev1.TLSPrivateKeyKey], Chain: s.Data[corev1.TLSCertKey], Roots: s.Data[rootsKey]}
-}
-
-// Follow puts in force what the Secret comes to hold, until ctx ends: the steps of a rotation (ca.Rotation), whoever writes them. What would part
-// workloads from each other is refused and logged. A Secret that is deleted is created again with what is in force. changed is told
-// of the authority's bundle after each step.
-func (s Secret) Follow(ctx context.Context, authority *ca.CA, changed func()) error {
-	ctx, stop := context.WithCancel(ctx)
-	factory := informers.NewSharedInformerFactoryWithOptions(s.Client, 0, informers.WithNamespace(s.Name.Namespace),
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, s.Name.Name).String()
-		}))
-	defer factory.Shutdown()
-	defer stop()
-	take := func(o any) {
-		if secret, ok := o.(*corev1.Secret); ok {
-			s.take(authority, material(secret), changed)
-		}
-	}
-	_, err := factory.Core().V1().Secrets().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    take,
-		UpdateFunc: func(_, o any) { take(o) },
-		DeleteFunc: func(any) { s.restore(ctx, authority) },
-	})
-	if err != nil {
-		return err
-	}
-	factory.StartWithContext(ctx)
-	<-ctx.Done()
-	return nil
-}
-
-func (s Secret) take(authority *ca.CA, m ca.Material, changed func()) {
-	is, err := authority.Material()
-	if err == nil && same(is, m) {
-		return
-	}
-	if err := authority.Replace(m); err != nil {
-		s.Log.Error("the secret with the root has changed, and what it holds now is not used", "secret", s.Name, "error", err)
-		return
-	}
-	s.Log.Info("the secret with the root has changed, and is in force", "secret", s.Name)
-	changed()
-}
-
-func same(a, b ca.Material) bool {
-	return subtle.ConstantTimeCompare(a.Key, b.Key) == 1 && string(a.Chain) == string(b.Chain) && string(a.Roots) == string(b.Roots)
-}
-
-// restorePatience bounds the answer of the API server.
-const restorePatience = 10 * time.Second
-
-func (s Secret) restore(ctx context.Context, authority *ca.CA) {
-	ctx, cancel := context.WithTimeout(ctx, restorePatience)
-	defer cancel()
-	if err := s.create(ctx, authority); err != nil && !apierrors.IsAlreadyExists(err) {
-		s.Log.Error("the secret with the root was deleted, and cannot be created again: a replica that starts now would make another root", "secret", s.Name, "error", err)
-		return
-	}
-	s.Log.Warn("the secret with the root was deleted; it is there again", "secret", s.Name)
 }

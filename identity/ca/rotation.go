@@ -3,6 +3,7 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"errors"
 	"fmt"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -38,18 +39,21 @@ func (r Rotation) both() []byte {
 	return append(append(bytes.Clone(roots), '\n'), r.New.Roots...)
 }
 
+// ErrParts is wrapped by Replace's error where the material is usable, and would part workloads.
+var ErrParts = errors.New("it would part workloads")
+
 // Replace puts other material in force: what is signed and trusted from now on. It refuses what would part the workloads that have heard
-// of it from those that have not yet: what either of the two signs must be trusted by the other.
+// of it from those that have not yet ([ErrParts]): what either of the two signs must be trusted by the other.
 func (c *CA) Replace(m Material) error {
 	next, err := Load(Config{TrustDomain: c.td, TTL: c.ttl, Now: c.now}, m)
 	if err != nil {
 		return err
 	}
 	if err := next.provedTo(c.Bundle()); err != nil {
-		return fmt.Errorf("authority of %s: the workloads would refuse what the new key signs; have its root trusted first: %w", c.td, err)
+		return fmt.Errorf("authority of %s: %w: they would refuse what the new key signs; have its root trusted first: %w", c.td, ErrParts, err)
 	}
 	if err := c.provedTo(next.Bundle()); err != nil {
-		return fmt.Errorf("authority of %s: what was signed until now would be refused at once; sign with the new key first, and have all certificates renewed: %w", c.td, err)
+		return fmt.Errorf("authority of %s: %w: what was signed until now would be refused at once; sign with the new key first, and have all certificates renewed: %w", c.td, ErrParts, err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
