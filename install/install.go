@@ -51,6 +51,7 @@ type Values struct {
 
 // Node is Values.node, of the daemon that there is where capture is node.
 type Node struct {
+	Plugin      string                      `json:"plugin"` // installed or removed
 	KubeletRoot string                      `json:"kubeletRoot"`
 	CNIBinDir   string                      `json:"cniBinDir"`
 	CNIConfDir  string                      `json:"cniConfDir"`
@@ -155,6 +156,10 @@ func check(values map[string]any) error {
 		return errors.New("values: image is missing\n  hint: --set image=registry.example/mantlet@sha256:… names the image of control plane and sidecars")
 	case !tagged || tag == "latest":
 		return fmt.Errorf("values: image %s is not pinned: what runs would change by itself\n  hint: name a digest (@sha256:…), or a tag", v.Image)
+	case v.Node.Plugin != "installed" && v.Node.Plugin != "removed":
+		return fmt.Errorf("values: node.plugin %q: it is installed or removed", v.Node.Plugin)
+	case v.Node.Plugin == "removed" && v.Capture != "node":
+		return fmt.Errorf("values: node.plugin removed with capture %s: there is no daemon that would do it\n  hint: name the values of the installation, with capture=node", v.Capture)
 	case v.ControlPlane.Replicas < 1:
 		return fmt.Errorf("values: controlPlane.replicas %d: at least 1", v.ControlPlane.Replicas)
 	}

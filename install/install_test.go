@@ -184,6 +184,8 @@ func TestRefused(t *testing.T) {
 		"unknown value":  {Options{Set: []string{image, "sidecars.concurrency=2"}}, `unknown field "sidecars"`},
 		"wrong case":     {Options{Set: []string{image, "trustdomain=x"}}, `unknown field "trustdomain"`},
 		"wrong type":     {Options{Set: []string{image, "controlPlane.replicas=many"}}, "replicas"},
+		"plugin":         {Options{Set: []string{image, "capture=node", "node.plugin=gone"}}, "node.plugin"},
+		"no daemon":      {Options{Set: []string{image, "node.plugin=removed"}}, "capture=node"},
 		"no replicas":    {Options{Set: []string{image, "controlPlane.replicas=0"}}, "at least 1"},
 		"capture":        {Options{Set: []string{image, "capture=cni"}}, "capture"},
 		"trust domain":   {Options{Set: []string{image, "trustDomain=A B"}}, "trustDomain"},
@@ -219,5 +221,21 @@ func TestNodeCapture(t *testing.T) {
 		if daemons != want {
 			t.Errorf("capture %s: %d DaemonSets, want %d", capture, daemons, want)
 		}
+	}
+}
+
+// Where the plugin is to be removed the daemon's place is taken by what removes it, with all that it has of the node.
+func TestPluginRemoved(t *testing.T) {
+	daemon := func(o ...string) appsv1.DaemonSetSpec {
+		return find[appsv1.DaemonSet](t, render(t, Options{Set: append([]string{"capture=node"}, o...)}), "DaemonSet").Spec
+	}
+	keeps, removes := daemon(), daemon("node.plugin=removed")
+	args := &removes.Template.Spec.Containers[0].Args
+	if !slices.Equal((*args)[:2], []string{"uninstall", "--stay"}) {
+		t.Fatalf("the arguments are %q", *args)
+	}
+	*args = (*args)[2:]
+	if !bytes.Equal(asYAML(t, keeps), asYAML(t, removes)) {
+		t.Errorf("the daemon is\n%s\nand what removes the plugin\n%s", asYAML(t, keeps), asYAML(t, removes))
 	}
 }

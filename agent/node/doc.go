@@ -25,6 +25,10 @@
 // destinations that are not known. The next daemon begins with the State files; its children close what is missing, connect to the agents, and are told
 // everything again. The control plane hears of a policy's success once the kernel has it, so that it waits meanwhile.
 //
+// The plugin stays too: the daemon cannot tell an upgrade from its removal, and between two daemons pods must be closed before they start. With the
+// plugin and no daemon, and with neither, a pod that has a sidecar for node capture starts no app; a pod without sidecar starts as ever. So whoever
+// removes Mantlet has pods made anew without sidecars first, and then the nodes cleaned: [Installation.Uninstall], in the daemon's place.
+//
 // # What an agent may do
 //
 // The child treats its agent as hostile. It works in that pod's network namespace only, has no capabilities but NET_ADMIN, NET_RAW (re-sent SYNs),

@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Installation is where the CNI plugin goes.
@@ -77,7 +79,8 @@ func (i Installation) list() (changed bool, err error) {
 	return edit(confs[0], entry)
 }
 
-// Uninstall takes the plugin out of all CNI configurations, and then its binary and the State files away. Pods that are closed or enforced stay so.
+// Uninstall takes the plugin out of all CNI configurations, and then its binary and the State files away. Pods that are closed or enforced stay so. No
+// daemon may run on the node: it would put the plugin back.
 func (i Installation) Uninstall() error {
 	confs, err := i.confs()
 	for _, c := range confs {
@@ -92,7 +95,20 @@ func (i Installation) Uninstall() error {
 	if err := os.Remove(i.plugin()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.RemoveAll(i.StateDir)
+	entries, err := os.ReadDir(i.StateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(i.StateDir, e.Name())))
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Remove(i.StateDir); err != nil && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EROFS) { // in a container it is a mount
+		return err
+	}
+	return nil
 }
 
 // Keep keeps the plugin installed until ctx ends: whoever writes the configuration anew leaves it out.

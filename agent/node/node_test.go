@@ -10,11 +10,15 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
+	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/sandbox/netns"
 )
 
 func write(t *testing.T, path, text string) string {
@@ -36,6 +40,8 @@ func read(t *testing.T, path string) string {
 	}
 	return string(b)
 }
+
+func TestMain(m *testing.M) { netns.TestMain(m) } // for a mount
 
 const conflist = `{"cniVersion":"1.0.0","name":"pods","extra":{"kept":[1,2]},"plugins":[{"type":"bridge","bridge":"br0"},{"type":"portmap"}]}`
 
@@ -109,6 +115,21 @@ func TestInstall(t *testing.T) {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s is left: %v", path, err)
 		}
+	}
+
+	// In the daemon's container the folder is a mount, which cannot be removed.
+	write(t, filepath.Join(i.StateDir, "c1.json"), "{}")
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread, with its mounts, ends with the goroutine
+		failed <- errors.Join(unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+			unix.Mount(i.StateDir, i.StateDir, "", unix.MS_BIND, ""), i.Uninstall())
+	}()
+	if err := <-failed; err != nil {
+		t.Errorf("where the state folder is a mount: %v", err)
+	}
+	if left, err := os.ReadDir(i.StateDir); err != nil || len(left) > 0 {
+		t.Errorf("state that is left: %v, %v", left, err)
 	}
 
 	single := write(t, filepath.Join(i.ConfDir, "00-single.conf"), `{"type":"bridge"}`)

@@ -51,10 +51,18 @@ stays in force when this process ends.`,
 	flags.StringVar(&f.kubeletRoot, "kubelet-root", "/var/lib/kubelet", "the kubelet's --root-dir")
 	flags.StringVar(&f.binDir, "cni-bin-dir", "/opt/cni/bin", "folder of the container runtime's CNI plugins")
 	flags.StringVar(&f.confDir, "cni-conf-dir", "/etc/cni/net.d", "folder of its CNI configurations")
-	cmd.AddCommand(&cobra.Command{
+	cmd.AddCommand(uninstallNode(&f))
+	return cmd
+}
+
+func uninstallNode(f *nodeFlags) *cobra.Command {
+	var stay bool
+	cmd := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Take the CNI plugin out of the node's configuration again",
-		Args:  cobra.NoArgs,
+		Long: `Take the CNI plugin out of the node's configuration again, in the place of the daemon, which would put it back. With --stay this process does what a
+DaemonSet does on each node: mantlet install --set node.plugin=removed writes one.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			i, err := f.installation()
 			if err != nil {
@@ -64,9 +72,13 @@ stays in force when this process ends.`,
 				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "uninstalled; pods that run keep their enforcement, and learn of no change to it")
+			if stay {
+				<-cmd.Context().Done()
+			}
 			return nil
 		},
-	})
+	}
+	cmd.Flags().BoolVar(&stay, "stay", false, "then wait for SIGTERM")
 	return cmd
 }
 

@@ -76,11 +76,22 @@ func newUninstall() *cobra.Command {
 		Short: "Write what is to be deleted to remove an installation from a cluster",
 		Long: `Uninstall writes the names of the objects of an installation to standard output, in the order in which they are to be deleted: the
 webhooks first, so that nothing waits for a control plane that is gone. It changes nothing itself. Pods keep their sidecars, with the last
-policies that these know, until they are replaced; new connections between them fail when their certificates end.`,
-		Example: "  mantlet uninstall | kubectl delete --ignore-not-found -f -\n  kubectl delete configmaps --all-namespaces --field-selector metadata.name=" + names.RootConfigMap,
-		Args:    cobra.NoArgs,
+policies that these know, until they are replaced; new connections between them fail when their certificates end.
+
+So let pods go without sidecars first: take the label mantlet.dev/inject from the namespaces, have their pods made anew (kubectl rollout restart), and see
+that mantlet status counts no sidecar any more.
+
+With capture=node there is a CNI plugin on the nodes, too. It stays when the daemon ends, since pods must be closed before they start while the daemon is
+upgraded; pods without sidecar start with it as without it, but its folders are the node's. A sidecar that is left would wait for the daemon for ever, and its
+pod start no app. Before uninstall, have the DaemonSet take the plugin out of every node, with the values of the installation and node.plugin=removed.`,
+		Example: "  # with capture=node, and once no pod has a sidecar:\n" +
+			"  mantlet install --set image=… --set capture=node --set node.plugin=removed | kubectl apply --server-side -f -\n" +
+			"  kubectl -n " + names.SystemNamespace + " rollout status daemonset/mantlet-node\n" +
+			"  # then, and in any case:\n" +
+			"  mantlet uninstall | kubectl delete --ignore-not-found -f -\n  kubectl delete configmaps --all-namespaces --field-selector metadata.name=" + names.RootConfigMap,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := install.Render(install.Options{Namespace: namespace, Set: []string{"image=uninstall:0"}}) // only names are of interest
+			list, err := install.Render(install.Options{Namespace: namespace, Set: []string{"image=uninstall:0", "capture=node"}}) // only names are of interest; there may be a daemon
 			if err != nil {
 				return err
 			}

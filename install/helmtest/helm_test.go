@@ -25,6 +25,7 @@ func TestEqual(t *testing.T) {
 		"least":  "image: registry.example/mantlet@sha256:01",
 		"others": "image: registry.example/mantlet@sha256:01\ncreateNamespace: false\ninjectByDefault: true\nmtls: strict\npodSecurity: ignored",
 		"node":   "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {kubeletRoot: /srv/kubelet}",
+		"clean":  "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {plugin: removed}",
 		"lists": `
 image: registry.example/mantlet:1.2.3
 imagePullSecrets: [one, two]
