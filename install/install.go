@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
@@ -45,8 +46,14 @@ type Values struct {
 	ServiceNetworks  []string          `json:"serviceNetworks"`
 	NodeAddresses    []string          `json:"nodeAddresses"`
 	Sidecar          settings.Sidecar  `json:"sidecar"`
+	Metrics          Metrics           `json:"metrics"`
 	ControlPlane     ControlPlane      `json:"controlPlane"`
 	Node             Node              `json:"node"`
+}
+
+// Metrics is Values.metrics.
+type Metrics struct {
+	From []networkingv1.NetworkPolicyPeer `json:"from"` // empty: nobody
 }
 
 // Node is Values.node, of the daemon that there is where capture is node.
@@ -162,6 +169,11 @@ func check(values map[string]any) error {
 		return fmt.Errorf("values: node.plugin removed with capture %s: there is no daemon that would do it\n  hint: name the values of the installation, with capture=node", v.Capture)
 	case v.ControlPlane.Replicas < 1:
 		return fmt.Errorf("values: controlPlane.replicas %d: at least 1", v.ControlPlane.Replicas)
+	}
+	for i, p := range v.Metrics.From {
+		if p.PodSelector == nil && p.NamespaceSelector == nil && p.IPBlock == nil {
+			return fmt.Errorf("values: metrics.from[%d]: it names nobody\n  hint: give it a podSelector, a namespaceSelector or both, or an ipBlock; {} as a selector is everybody", i)
+		}
 	}
 	return nil
 }

@@ -239,3 +239,42 @@ func TestPluginRemoved(t *testing.T) {
 		t.Errorf("the daemon is\n%s\nand what removes the plugin\n%s", asYAML(t, keeps), asYAML(t, removes))
 	}
 }
+
+// An empty list of peers in a NetworkPolicy is everybody; as a value it is nobody. What is no peer is refused, one that says nothing too.
+func TestMetricsFrom(t *testing.T) {
+	rules := func(set ...string) []networkingv1.NetworkPolicyIngressRule {
+		for _, m := range render(t, Options{Set: set}) {
+			if m.Kind == "NetworkPolicy" && m.Name == "control-plane" {
+				var p networkingv1.NetworkPolicy
+				if err := yaml.UnmarshalStrict(m.Text, &p); err != nil {
+					t.Fatal(err)
+				}
+				return p.Spec.Ingress
+			}
+		}
+		t.Fatal("no NetworkPolicy of the control plane")
+		return nil
+	}
+	scraped := func(rules []networkingv1.NetworkPolicyIngressRule) (from [][]networkingv1.NetworkPolicyPeer) {
+		for _, r := range rules {
+			if len(r.Ports) == 0 || slices.ContainsFunc(r.Ports, func(p networkingv1.NetworkPolicyPort) bool { return p.Port.IntValue() == names.HealthPort }) {
+				from = append(from, r.From)
+			}
+		}
+		return from
+	}
+	for _, set := range [][]string{nil, {"metrics.from=[]"}} {
+		if from := scraped(rules(set...)); len(from) != 0 {
+			t.Errorf("%q: metrics are read by %v", set, from)
+		}
+	}
+	from := scraped(rules("metrics.from=[{namespaceSelector: {matchLabels: {team: ops}}, podSelector: {}}, {ipBlock: {cidr: 192.0.2.0/24}}]"))
+	if len(from) != 1 || len(from[0]) != 2 || from[0][0].NamespaceSelector.MatchLabels["team"] != "ops" || from[0][0].PodSelector == nil || from[0][1].IPBlock.CIDR != "192.0.2.0/24" {
+		t.Errorf("metrics are read by %+v", from)
+	}
+	for value, want := range map[string]string{"[{}]": "metrics.from[0]", "[{namespaces: {}}]": "namespaces", "everybody": "metrics"} {
+		if _, err := Render(Options{Set: []string{image, "metrics.from=" + value}}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("metrics.from=%s: got %v, want %q in it", value, err, want)
+		}
+	}
+}

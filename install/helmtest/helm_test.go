@@ -22,10 +22,11 @@ func TestEqual(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, values := range map[string]string{
-		"least":  "image: registry.example/mantlet@sha256:01",
-		"others": "image: registry.example/mantlet@sha256:01\ncreateNamespace: false\ninjectByDefault: true\nmtls: strict\npodSecurity: ignored",
-		"node":   "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {kubeletRoot: /srv/kubelet}",
-		"clean":  "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {plugin: removed}",
+		"least":   "image: registry.example/mantlet@sha256:01",
+		"others":  "image: registry.example/mantlet@sha256:01\ncreateNamespace: false\ninjectByDefault: true\nmtls: strict\npodSecurity: ignored",
+		"node":    "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {kubeletRoot: /srv/kubelet}",
+		"clean":   "image: registry.example/mantlet@sha256:01\ncapture: node\nnode: {plugin: removed}",
+		"metrics": "image: registry.example/mantlet@sha256:01\nmetrics: {from: [{namespaceSelector: {}, podSelector: {matchLabels: {app: prometheus}}}, {ipBlock: {cidr: 192.0.2.0/24}}]}",
 		"lists": `
 image: registry.example/mantlet:1.2.3
 imagePullSecrets: [one, two]
