@@ -195,24 +195,41 @@ func (c Config) podSecurity(ns Namespace) []Reason {
 	}}
 }
 
-// defaultCapabilities warns of containers that may run as root with what container runtimes give by default.
-func defaultCapabilities(pod *corev1.Pod, ns Namespace, allowed map[string]bool) []string {
+// defaultCapabilities warns of containers that may be root, or become it, with what container runtimes give by default. A container that is not root has
+// no capability at first. One that executes a setuid file of root's gets what its bounding set holds (capabilities(7)), which is what was not dropped;
+// allowPrivilegeEscalation: false (no_new_privs) has such files executed as any other.
+func defaultCapabilities(pod *corev1.Pod, ns Namespace, allowed map[string]bool) (warnings []string) {
 	if allowed[names.AllowCapabilities] {
 		return nil
 	}
-	var risky []string
+	var root, becomes []string
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
 		for i := range list {
-			if c := &list[i]; c.Name != names.Container && mayBeRoot(pod, c) && !drops(c, "NET_RAW", "SETUID") {
-				risky = append(risky, c.Name)
+			switch c := &list[i]; {
+			case c.Name == names.Container || drops(c, "NET_RAW", "SETUID"):
+			case mayBeRoot(pod, c):
+				root = append(root, c.Name)
+			case mayEscalate(c):
+				becomes = append(becomes, c.Name)
 			}
 		}
 	}
-	if len(risky) == 0 {
-		return nil
+	// API servers may cut a warning at 256 characters.
+	if len(root) > 0 {
+		warnings = append(warnings, fmt.Sprintf("pod %s: container %s may run as root with NET_RAW or SETUID, by either of which it could bypass its sidecar: "+
+			"set runAsNonRoot and allowPrivilegeEscalation: false, or drop: [ALL] and add what it needs", podName(pod, ns), strings.Join(root, ", ")))
 	}
-	return []string{fmt.Sprintf("pod %s: container %s may run as root with NET_RAW and SETUID, with which it could bypass its own sidecar: "+
-		"set runAsNonRoot, or drop: [ALL] and add what it needs", podName(pod, ns), strings.Join(risky, ", "))}
+	if len(becomes) > 0 {
+		warnings = append(warnings, fmt.Sprintf("pod %s: container %s may become root by a setuid file, if there is one, and bypass its sidecar by NET_RAW or SETUID: "+
+			"set allowPrivilegeEscalation: false, or drop: [ALL] and add what it needs", podName(pod, ns), strings.Join(becomes, ", ")))
+	}
+	return warnings
+}
+
+// mayEscalate reports whether setuid files and file capabilities count for a container, as they do unless it says otherwise.
+func mayEscalate(c *corev1.Container) bool {
+	s := c.SecurityContext
+	return s == nil || s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation
 }
 
 func mayBeRoot(pod *corev1.Pod, c *corev1.Container) bool {

@@ -135,7 +135,7 @@ func TestAnswers(t *testing.T) {
 		warned  string // part of the first warning
 		patched bool
 	}{
-		"injected":               {path: PathInject, op: "CREATE", kind: "Pod", in: "shop", object: podText, patched: true},
+		"injected":               {path: PathInject, op: "CREATE", kind: "Pod", in: "shop", object: podText, patched: true, warned: "setuid file"},
 		"not asked":              {path: PathInject, op: "CREATE", kind: "Pod", in: "other", object: podText},
 		"refused":                {path: PathInject, op: "CREATE", kind: "Pod", in: "shop", object: privileged, refused: "pod shop/web-… is refused"},
 		"host network":           {path: PathInject, op: "CREATE", kind: "Pod", in: "shop", object: hostNetwork, warned: "hostNetwork"},
