@@ -278,3 +278,19 @@ func TestMetricsFrom(t *testing.T) {
 		}
 	}
 }
+
+// The daemon's limit is for as many pods as a kubelet runs by default, each with a process.
+func TestNodeMemory(t *testing.T) {
+	const pods, daemon, each = 110, 256 << 20, 16 << 20
+	r := find[appsv1.DaemonSet](t, render(t, Options{Set: []string{"capture=node"}}), "DaemonSet").Spec.Template.Spec.Containers[0].Resources
+	if got := r.Limits.Memory().Value(); got < daemon+pods*each {
+		t.Errorf("the limit is %d bytes, and %d pods take up to %d", got, pods, daemon+pods*each)
+	}
+	if r.Requests.Memory().Cmp(*r.Limits.Memory()) > 0 || r.Requests.Memory().IsZero() || !r.Limits.Cpu().IsZero() {
+		t.Errorf("resources: %+v", r)
+	}
+	other := find[appsv1.DaemonSet](t, render(t, Options{Set: []string{"capture=node", "node.resources.limits.memory=4Gi"}}), "DaemonSet").Spec.Template.Spec.Containers[0].Resources
+	if other.Limits.Memory().String() != "4Gi" || other.Requests.Memory().Cmp(*r.Requests.Memory()) != 0 {
+		t.Errorf("resources by value: %+v", other)
+	}
+}
