@@ -102,7 +102,7 @@ func (p *packets) revoke(policy func() *verdict.Packets) error {
 const (
 	// revokeGather is how long flows that have become forbidden may go on for policies to come that are part of the same edit, and for Envoy
 	// to get its share of the processor before: judging flows costs as much as many edits (see packet.Revoke).
-	revokeGather   = 20 * time.Millisecond
+	revokeGather   = 50 * time.Millisecond
 	revokeFailures = 8 // in a row, after which the agent gives up
 )
 
@@ -148,8 +148,11 @@ func poke(c chan struct{}) {
 // close closes the connection to the kernel. What is in force stays.
 func (p *packets) close() { p.conn.Close() }
 
-// Name, Check and Repair let netfilter.Guard look after the table.
+// Name, Wrote, Check and Repair let netfilter.Guard look after the table.
 func (p *packets) Name() string { return packet.TableName }
+
+// Wrote reports whether a transaction was Apply's.
+func (p *packets) Wrote(port uint32) bool { return p.conn.Wrote(port) }
 
 // Check reads the table back.
 func (p *packets) Check() error {

@@ -236,6 +236,11 @@ var _ netfilter.Table = heldTable{}
 
 func (s heldTable) Name() string { return hold.TableName }
 
+func (s heldTable) Wrote(port uint32) bool {
+	h, _ := s.current()
+	return h != nil && h.Wrote(port)
+}
+
 func (s heldTable) Check() error {
 	s.table.Lock()
 	defer s.table.Unlock()

@@ -176,6 +176,13 @@ func (e *Evaluator) Decide(proto Protocol, port uint16, peer Peer) Decision {
 	return d
 }
 
+// Allows is Decide without the reason, which takes longer to word than the decision to make.
+func (e *Evaluator) Allows(proto Protocol, port uint16, peer Peer) bool {
+	peer.Addr = peer.Addr.Unmap()
+	v, listed := e.lookup(proto, port, peer)
+	return listed && v.Allow
+}
+
 func (e *Evaluator) decide(proto Protocol, port uint16, peer Peer) Decision {
 	if v, listed := e.lookup(proto, port, peer); listed {
 		d := Decision{Allowed: v.Allow, Reason: e.table.Reasons[v.Reason]}

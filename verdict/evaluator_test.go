@@ -69,7 +69,11 @@ func TestDecide(t *testing.T) {
 		{"no address at all", Permissive, TCP, 8005, Peer{}, false, "", "ipBlock"},
 		{"no such protocol", Permissive, Protocol(9), 5432, Peer{ID: api}, false, "", "not"},
 	} {
-		d := NewIngress(database(c.mode)).Decide(c.proto, c.port, c.peer)
+		e := NewIngress(database(c.mode))
+		d := e.Decide(c.proto, c.port, c.peer)
+		if e.Allows(c.proto, c.port, c.peer) != d.Allowed {
+			t.Errorf("%s: Allows differs from Decide: %+v", c.what, d)
+		}
 		if d.Allowed != c.allow || !strings.Contains(d.Reason.Text, c.text) || (c.rule != "" && d.Reason.Rule != c.rule) {
 			t.Errorf("%s: %+v; want allowed=%v, rule %q, …%s…", c.what, d, c.allow, c.rule, c.text)
 		}

@@ -192,10 +192,13 @@ func (h *Holder) anew(holding bool) error {
 	return h.shape.write(holding)
 }
 
-// Name is the table's. With Check and Repair it lets netfilter.Guard look after it: its rules, chains and sets, in the calling thread's network namespace. What
+// Name is the table's. With Wrote, Check and Repair it lets netfilter.Guard look after it: its rules, chains and sets, in the calling thread's network namespace. What
 // the sets hold it leaves alone. Whoever takes an element away has the destination asked about again, or, outside the cluster, refused until
 // the policy changes; whoever adds one lets SYNs go on to Envoy, who decides anyway.
 func (h *Holder) Name() string { return TableName }
+
+// Wrote reports whether a transaction on rules, chains or sets was the Holder's, by the netlink port that it came from.
+func (h *Holder) Wrote(port uint32) bool { return port != 0 && port == h.shape.port.Load() }
 
 // Check fails where the table is not as it was written.
 func (h *Holder) Check() error {

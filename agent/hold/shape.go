@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -21,6 +22,7 @@ type shape struct {
 	sets   [2]sets
 
 	checking *netfilter.Conn
+	port     *atomic.Uint32 // of conn
 
 	mu         sync.Mutex // all below
 	conn       *nftables.Conn
@@ -38,11 +40,12 @@ type outside struct {
 }
 
 func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
-	conn, err := dial()
+	port := &atomic.Uint32{}
+	conn, err := dial(port)
 	if err != nil {
 		return nil, err
 	}
-	return &shape{logger: logger, sets: s, checking: netfilter.NewConn(), conn: conn, cfg: c, holding: true, sides: [2]outside{
+	return &shape{port: port, logger: logger, sets: s, checking: netfilter.NewConn(), conn: conn, cfg: c, holding: true, sides: [2]outside{
 		{direction: external, rulings: rulings(&c.External)}, {direction: inbound, rulings: rulings(&c.Inbound)}}}, nil
 }
 

@@ -1,10 +1,14 @@
 package netfilter
 
 import (
+	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Conn is a connection to nftables, in the network namespace of the thread that first uses it. It is opened then, and stays open: when a socket
@@ -13,6 +17,7 @@ import (
 // before the ACK of each policy.
 type Conn struct {
 	options []nftables.ConnOption
+	port    atomic.Uint32
 
 	mu   sync.Mutex // held while it is used
 	conn *nftables.Conn
@@ -20,7 +25,36 @@ type Conn struct {
 
 // NewConn returns a Conn that is opened with options.
 func NewConn(options ...nftables.ConnOption) *Conn {
-	return &Conn{options: append(options, nftables.AsLasting())}
+	c := &Conn{}
+	c.options = append(options, nftables.AsLasting(), WithPort(&c.port))
+	return c
+}
+
+// Wrote reports whether a transaction was this connection's, by the port that the kernel names in what it tells of it.
+func (c *Conn) Wrote(port uint32) bool { return port != 0 && port == c.port.Load() }
+
+// WithPort notes a connection's netlink port when it is opened. The kernel names it in all that it tells of the connection's transactions (nlmsg_pid).
+func WithPort(into *atomic.Uint32) nftables.ConnOption {
+	return nftables.WithSockOptions(func(s *netlink.Conn) error {
+		port, err := portOf(s)
+		into.Store(port)
+		return err
+	})
+}
+
+func portOf(s *netlink.Conn) (port uint32, err error) {
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var at unix.Sockaddr
+	if failed := raw.Control(func(fd uintptr) { at, err = unix.Getsockname(int(fd)) }); failed != nil {
+		return 0, failed
+	}
+	if own, ok := at.(*unix.SockaddrNetlink); ok && err == nil {
+		return own.Pid, nil
+	}
+	return 0, errors.Join(err, errors.New("no address of netlink"))
 }
 
 // Do has f use the connection. After an error it is opened anew for the next: answers that nobody has read, and messages that nobody has sent,
@@ -51,6 +85,7 @@ func (c *Conn) Close() {
 
 func (c *Conn) close() {
 	if c.conn != nil {
+		c.port.Store(0) // somebody else may get it
 		_ = c.conn.CloseLasting()
 		c.conn = nil
 	}

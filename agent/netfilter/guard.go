@@ -18,11 +18,14 @@ type Table interface {
 	Name() string
 	Check() error  // nil: it is as it should be
 	Repair() error // writes it again
+	// Wrote reports whether a transaction was the owner's, by the netlink port that it came from.
+	Wrote(port uint32) bool
 }
 
 // Guard watches tables of one network namespace, that of the calling thread, until ctx ends. Whenever an nftables transaction that touches
 // one of them commits, that one is checked and, where it is not as it should be, reported as an error and written again. Elements of sets do
-// not count: whoever keeps verdicts in sets may write thousands a second. It returns nil when ctx ended and an error where it cannot watch or
+// not count: whoever keeps verdicts in sets may write thousands a second. Nor do transactions of the table's owner, which would be read back after each edit of
+// policy. It returns nil when ctx ended and an error where it cannot watch or
 // repair; the pod must then not count as enforced.
 //
 // Whoever can change a table has CAP_NET_ADMIN in the pod and could do worse; Guard is against mistakes (a flush by hand, another
@@ -80,7 +83,7 @@ func (g *guard) watch(ctx context.Context) (lost, err error) {
 				continue
 			}
 			for _, t := range g.tables {
-				if !touched[t.Name()] {
+				if !touched[t.Name()] || t.Wrote(e.Header.PID) {
 					continue
 				}
 				if err := g.repair(t); err != nil {

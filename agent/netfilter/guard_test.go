@@ -17,7 +17,10 @@ type counted struct {
 	checked chan bool
 	broken  chan bool // one for each check: is it?
 	repairs int
+	own     *Conn
 }
+
+func (c *counted) Wrote(port uint32) bool { return c.own != nil && c.own.Wrote(port) }
 
 func (c *counted) Name() string { return c.name }
 
@@ -93,10 +96,19 @@ func TestGuardLooksAtWhatWasTouched(t *testing.T) {
 		c.AddChain(chain(tables["two"]))
 		c.AddRule(&nftables.Rule{Table: tables["two"], Chain: chain(tables["two"]), Exprs: []expr.Any{&expr.Counter{}}})
 	})
+	own := NewConn()
+	defer own.Close()
+	one.own = own
+	if err := own.Do(func(c *nftables.Conn) error {
+		c.AddChain(chain(tables["one"]))
+		return c.Flush()
+	}); err != nil {
+		t.Fatal(err)
+	}
 	// Events come in order: what would have been looked at for the transactions before would be looked at first.
 	select {
 	case <-one.checked:
-		t.Fatal("elements, or what others write, have a table looked at")
+		t.Fatal("elements, what others write, or what the owner does, have a table looked at")
 	case <-two.checked:
 		two.broken <- true
 		two.answer(false) // after its repair

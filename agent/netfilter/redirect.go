@@ -116,6 +116,9 @@ func (r *Redirect) Remove() error {
 	return nil
 }
 
+// Wrote implements Table.
+func (r *Redirect) Wrote(port uint32) bool { return r.conn.Wrote(port) }
+
 // Name is the table's.
 func (r *Redirect) Name() string { return tableName }
 

@@ -121,6 +121,20 @@ type Answer struct {
 // Answer decides a connection from a pod ("namespace/name") to an address after service load balancing: what the sidecars of both
 // ends, where they have one, make of it.
 func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) Answer {
+	return x.answer(from, proto, to, (*verdict.Evaluator).Decide)
+}
+
+// admits is Answer without the reason.
+func (x *Index) admits(from string, proto verdict.Protocol, to netip.AddrPort) Answer {
+	return x.answer(from, proto, to, func(e *verdict.Evaluator, proto verdict.Protocol, port uint16, peer verdict.Peer) verdict.Decision {
+		return verdict.Decision{Allowed: e.Allows(proto, port, peer)}
+	})
+}
+
+// decider decides for one end: with or without a reason.
+type decider func(e *verdict.Evaluator, proto verdict.Protocol, port uint16, peer verdict.Peer) verdict.Decision
+
+func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, decide decider) Answer {
 	src, ok := x.pods[from]
 	if !ok {
 		return Answer{Reason: verdict.Reason{Text: "there is no pod " + from}}
@@ -144,11 +158,13 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 	var reason verdict.Reason
 	if src.sidecar {
 		x.bring(src.subject)
-		peer := verdict.Peer{Addr: addr, Name: addr.String()}
+		peer := verdict.Peer{Addr: addr}
 		if dst != nil {
 			peer.ID, peer.Name = dst.ident.id, dst.key
+		} else {
+			peer.Name = addr.String()
 		}
-		d := src.subject.egress().Decide(proto, to.Port(), peer)
+		d := decide(src.subject.egress(), proto, to.Port(), peer)
 		if !d.Allowed || dst == nil {
 			return Answer{Allowed: d.Allowed, Reason: d.Reason}
 		}
@@ -159,7 +175,7 @@ func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) A
 	if src.sidecar {
 		peer.ID = src.ident.id
 	}
-	d := dst.subject.ingress().Decide(proto, to.Port(), peer)
+	d := decide(dst.subject.ingress(), proto, to.Port(), peer)
 	if d.Allowed && d.Reason.Policy == "" && reason.Policy != "" {
 		d.Reason = reason // ingress is open; what admits is the egress rule
 	}

@@ -122,7 +122,7 @@ func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from plac
 func (x *Index) Admitted(client string, d Destination) []Endpoint {
 	out := make([]Endpoint, 0, len(d.Endpoints))
 	for _, e := range d.Endpoints {
-		if a := x.Answer(client, d.Protocol, e.Addr); a.Allowed {
+		if a := x.admits(client, d.Protocol, e.Addr); a.Allowed {
 			e.Always = a.Always
 			out = append(out, e)
 		}
