@@ -55,7 +55,7 @@ func (s *Server) DeltaAggregatedResources(g deltaStream) error {
 		end:     cancel,
 		flights: map[string]*flight{},
 	}
-	if err := compress(g.Context()); err != nil {
+	if err := compress(g.Context()); err != nil && g.Context().Err() == nil { // of a stream that has ended it is an error, too
 		s.cfg.Log.Warn("responses go uncompressed", "client", name, "error", err)
 	}
 	if err := s.attach(ctx, name, st); err != nil {
