@@ -8,7 +8,8 @@ import (
 
 // The labels and annotations that Mantlet reads from Kubernetes objects.
 const (
-	// InjectLabel on a namespace, with the value "enabled", gives its pods a sidecar.
+	// InjectLabel on a namespace, with the value "enabled" or "required", gives its pods a sidecar; a pod may opt out by an annotation of the same
+	// name, "false", of the first only.
 	InjectLabel = "mantlet.dev/inject"
 	// ModeLabel on a namespace is "permissive" or "strict"; without it the configuration's default holds.
 	ModeLabel = "mantlet.dev/mtls"

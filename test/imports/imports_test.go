@@ -91,7 +91,7 @@ var table = []room{
 	{path: "controlplane/replica", rooms: []string{"controlplane", "controlplane/...", "identity/...", "verdict", "xds", "xds/server"},
 		why: "joins the control plane with a cluster: the one room that knows both"},
 	{path: "controlplane", rooms: []string{"controlplane/policy", "controlplane/inject/names", "controlplane/status", "identity/...", "verdict/...", "xds/...", "api/mantlet/v1"},
-		why: "joins policy, xds and the server; does not care where objects come from, so not source"},
+		why: "joins policy, xds and the server; does not care where objects come from, so not source; reports say which pods opted out, by the names of inject"},
 	{path: "agent/podtest", only: []string{"github.com/vishvananda/...", "golang.org/x/sys/..."},
 		why: "network namespaces for the tests of the agent's rooms"},
 	{path: "agent/netfilter", rooms: []string{"xds/names", "verdict"}, never: append([]string{envoyAPI, grpc}, kubernetes...),

@@ -281,7 +281,11 @@ func TestAPIServer(t *testing.T) {
 		}
 		r.until(t, services, wanted)
 	}
-	if got := r.state(nil)["networks"]; got == first["networks"] {
-		t.Errorf("the new range of service addresses has not arrived: %s", got)
+	for end := time.After(patience); r.state(nil)["networks"] == first["networks"]; { // the objects are as they were, so that nothing has been waited for yet
+		select {
+		case <-r.told:
+		case <-end:
+			t.Fatalf("the new range of service addresses has not arrived: %s", first["networks"])
+		}
 	}
 }
