@@ -25,11 +25,11 @@ type answer struct {
 type Verdict uint8
 
 const (
-	// Unknown: nothing. Whoever wants to connect there is to ask.
+	// Unknown is nothing: whoever wants to connect there is to ask.
 	Unknown Verdict = iota
-	// Denied: the pod may not connect there.
+	// Denied is that the pod may not connect there.
 	Denied
-	// Allowed: it may.
+	// Allowed is that it may.
 	Allowed
 )
 

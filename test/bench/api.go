@@ -237,7 +237,7 @@ func (p *plane) serve(c planeConfig, authority *ca.CA, load func(*controlplane.C
 	if err := prof.stop(); err != nil {
 		return err
 	}
-	if p.listener, err = net.Listen("tcp", c.Listen); err != nil {
+	if p.listener, err = new(net.ListenConfig).Listen(context.Background(), "tcp", c.Listen); err != nil {
 		return err
 	}
 	go func() { _ = g.Serve(p.listener) }() // ends with Stop

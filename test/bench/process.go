@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,7 +23,7 @@ type process struct {
 const planeArgument = "control-plane"
 
 func startPlane(c planeConfig) (*process, error) {
-	cmd := exec.Command("/proc/self/exe", planeArgument)
+	cmd := exec.CommandContext(context.Background(), "/proc/self/exe", planeArgument) // it ends with its input
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

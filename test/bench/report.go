@@ -25,7 +25,7 @@ func reporter(format string, out io.Writer) (func(sample) error, error) {
 			_, err := fmt.Fprintf(out, "%-18s %8d %8d %7d %10d %8.1f %8.1f %8.1f %8.1f %10.1f %10.1f %8.1f %9d %10d %5s\n", s.Workload, s.Sidecars, s.Affected, s.Pushed, s.Bytes,
 				s.First, s.P50, s.P99, s.Last, s.ServerCPU, s.ClientCPU, float64(s.RSS)/1e6, s.allocs, s.allocated/1000, load())
 			if err == nil && s.Writes > 0 {
-				_, err = fmt.Fprintln(out, "  "+s.pace.String())
+				_, err = fmt.Fprintln(out, "  "+s.String())
 			}
 			return err
 		}, nil

@@ -187,7 +187,7 @@ func (s *simulated) expectAgain(want versions, arrived chan<- arrival) {
 }
 
 func (s *simulated) check(now time.Duration) {
-	if s.await == nil || s.anew && !(s.answered[server.ClusterType] && s.answered[server.ListenerType]) {
+	if s.await == nil || s.anew && (!s.answered[server.ClusterType] || !s.answered[server.ListenerType]) {
 		return
 	}
 	for k, v := range s.await {

@@ -33,14 +33,14 @@ var workloads = []workload{
 }
 
 // target is the service that changes are about.
-func (b *bench) target() (s, before, other service) {
+func (b *bench) target() (s, other service) {
 	n := len(b.world.services)
-	return b.world.services[n/2], b.world.services[n/2-1], b.world.services[(n/2+1)%n]
+	return b.world.services[n/2], b.world.services[(n/2+1)%n]
 }
 
 // another is a second policy for the target service.
 func (b *bench) another(port int32) *networkingv1.NetworkPolicy {
-	s, _, other := b.target()
+	s, other := b.target()
 	return allowFrom(s, "more", other, port)
 }
 
@@ -81,7 +81,7 @@ func policyUpdate(b *bench, i int) (sample, error) {
 
 // scale is a service with some pods more, and back.
 func (b *bench) scale(by int) (up, down change) {
-	s, _, _ := b.target()
+	s, _ := b.target()
 	slice := b.world.objects["EndpointSlice "+s.namespace+"/"+s.name+"-x"].(*discoveryv1.EndpointSlice)
 	larger := slice.DeepCopy()
 	for range by {
@@ -154,7 +154,7 @@ func relabel(b *bench, i int) (sample, error) {
 
 // serviceChange has one endpoint of a service not ready, or ready again.
 func serviceChange(b *bench, i int) (sample, error) {
-	s, _, _ := b.target()
+	s, _ := b.target()
 	slice := b.world.objects["EndpointSlice "+s.namespace+"/"+s.name+"-x"].(*discoveryv1.EndpointSlice).DeepCopy()
 	ready := i%2 == 1
 	slice.Endpoints[0].Conditions.Ready = &ready

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -92,7 +93,7 @@ func run() error {
 	}
 	r := report{Mode: o.mode, Took: time.Since(began), Results: results, Named: append(names, namesOf(skipped)...), Census: seen.counts()}
 	text := r.section()
-	fmt.Print(text)
+	_, _ = io.WriteString(os.Stdout, text)
 	if o.out != "" {
 		if err := replaceSection(o.out, o.mode, text); err != nil {
 			return err

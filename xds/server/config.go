@@ -123,7 +123,6 @@ func ServerOptions() []grpc.ServerOption { //nolint:revive // Options would be r
 		// gRPC's default, would be most of what a sidecar costs. TLS has a buffer of its own to read from.
 		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(8 << 10),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	}

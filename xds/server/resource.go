@@ -99,7 +99,7 @@ func (s Set) changes(next Set) iter.Seq[change] {
 		old, now := s.list(), next.list()
 		for len(old)+len(now) > 0 {
 			var c change
-			order := 0
+			var order int
 			switch {
 			case len(old) == 0:
 				order = 1
