@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -70,17 +71,16 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 		return nil, err
 	}
 	c.measure(s.cp.Server().Ledger(), before)
-	if d.policyOnly() {
-		return c, nil
-	}
-	if err := s.network.SetServices(s.services()); err != nil {
-		return nil, err
-	}
-	if err := s.makePods(ctx, d.fresh); err != nil {
-		return nil, err
-	}
-	if err := s.nameHosts(); err != nil {
-		return nil, err
+	if !d.policyOnly() {
+		if err := s.network.SetServices(s.services()); err != nil {
+			return nil, err
+		}
+		if err := s.makePods(ctx, d.fresh); err != nil {
+			return nil, err
+		}
+		if err := s.nameHosts(); err != nil {
+			return nil, err
+		}
 	}
 	return c, s.startAgents(ctx)
 }
@@ -162,11 +162,11 @@ func (s *Sandbox) dropPods(names []string) error {
 
 // policyOnly reports whether pods, Services and names are as they were.
 func (d *difference) policyOnly() bool {
-	return !slices.ContainsFunc(d.words, func(w string) bool { return !strings.HasPrefix(w, policyKind+" ") })
+	return !slices.ContainsFunc(slices.Concat(d.applied, d.deleted), func(o metav1.Object) bool {
+		_, ok := o.(*networkingv1.NetworkPolicy)
+		return !ok
+	})
 }
-
-// policyKind begins the words on policies.
-const policyKind = "NetworkPolicy"
 
 // difference is what it takes to get from one set of objects to another.
 type difference struct {
@@ -181,7 +181,7 @@ func diff(old, next *policy.Objects) *difference {
 	d := &difference{}
 	compareObjects(d, "Node", old.Nodes, next.Nodes)
 	compareObjects(d, "Namespace", old.Namespaces, next.Namespaces)
-	compareObjects(d, policyKind, old.NetworkPolicies, next.NetworkPolicies)
+	compareObjects(d, "NetworkPolicy", old.NetworkPolicies, next.NetworkPolicies)
 	compareObjects(d, "Service", old.Services, next.Services)
 	compareObjects(d, "EndpointSlice", old.EndpointSlices, next.EndpointSlices)
 	compareObjects(d, "Pod", old.Pods, next.Pods)

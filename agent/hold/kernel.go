@@ -6,13 +6,10 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
-
-	"github.com/mantlet/mantlet/agent/netfilter"
 )
 
 // kernel writes the verdicts on destinations inside the cluster. It is not safe for concurrent use.
@@ -29,18 +26,18 @@ type element struct {
 }
 
 func newKernel(c Config) (*kernel, error) {
-	conn, err := dial(new(atomic.Uint32))
+	conn, err := dial()
 	if err != nil {
 		return nil, err
 	}
 	return &kernel{conn: conn, sets: newSets(c)}, nil
 }
 
-// dial opens a connection for the network namespace of the calling thread, and notes its netlink port. One transaction may hold all elements, and gets an answer for
+// dial opens a connection for the network namespace of the calling thread. One transaction may hold all elements, and gets an answer for
 // each message: more than fits the default buffers. Where the system allows no more, it is content with that.
-func dial(port *atomic.Uint32) (*nftables.Conn, error) {
+func dial(options ...nftables.ConnOption) (*nftables.Conn, error) {
 	buffers := func(c *netlink.Conn) error { return errors.Join(c.SetReadBuffer(4<<20), c.SetWriteBuffer(16<<20)) }
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(buffers), netfilter.WithPort(port))
+	conn, err := nftables.New(append(options, nftables.AsLasting(), nftables.WithSockOptions(buffers))...)
 	if err != nil {
 		return nil, fmt.Errorf("hold: open nftables: %w", err)
 	}

@@ -41,7 +41,7 @@ type outside struct {
 
 func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
 	port := &atomic.Uint32{}
-	conn, err := dial(port)
+	conn, err := dial(netfilter.WithPort(port))
 	if err != nil {
 		return nil, err
 	}
