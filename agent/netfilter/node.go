@@ -46,7 +46,7 @@ func (r *Redirect) SetNode(addrs []netip.Addr) error {
 		r.logger.Info("redirect: ended connections that came past it from addresses that are not the node's any more", "connections", n)
 	}
 	if err != nil {
-		return fmt.Errorf("redirect: forget connections from former addresses of the node (needs CAP_NET_ADMIN and nf_conntrack_netlink in the kernel): %w", err)
+		return fmt.Errorf("redirect: forget connections from former addresses of the node: %w", err)
 	}
 	r.judged = true
 	return nil

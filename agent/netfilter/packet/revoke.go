@@ -1,7 +1,6 @@
 package packet
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds/names"
 )
@@ -19,81 +19,17 @@ import (
 // with replies would otherwise go on, and those of services would go on to an endpoint that is not one any more. It is for after Apply: the
 // next packet is a new flow then, and meets the rules. All others are left alone, those of the proxy's mark too. It returns how many were
 // forgotten.
-//
-// The kernel walks all buckets of its one table for each reading, whoever's flows they hold: 10 ms of CPU with 262,144 of them. So both
-// families are read at once, and a family once more only where it has something to be forgotten. policy is asked for the policy in force each time.
+// policy is asked for the policy in force each time that they are read.
 func Revoke(policy func() *verdict.Packets) (int, error) {
-	local, err := localAddresses()
+	local, err := netfilter.Addresses()
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("packets: %w", err)
 	}
-	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER) // one socket for all that is asked
+	n, err := netfilter.Forget(func() netlink.CustomConntrackFilter { return newJudge(policy(), local) })
 	if err != nil {
-		return 0, fmt.Errorf("packets: open conntrack: %w", err)
-	}
-	defer h.Close()
-	in := offenders{judge: newJudge(policy(), local), families: map[netlink.InetFamily]bool{}}
-	err = read("read flows", func() error {
-		_, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_UNSPEC, in)
-		return err
-	})
-	if err != nil {
-		return 0, err
-	}
-	n := 0
-	for family := range in.families { // the kernel is told of a flow in its own family
-		err := read("forget flows that are not allowed", func() error {
-			forgotten, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, newJudge(policy(), local))
-			n += int(forgotten)
-			return err
-		})
-		if err != nil {
-			return n, err
-		}
+		return n, fmt.Errorf("packets: flows that are not allowed: %w", err)
 	}
 	return n, nil
-}
-
-// read reads the table, which may change meanwhile: then again, some times.
-func read(what string, do func() error) error {
-	const attempts = 10
-	for attempt := 1; ; attempt++ {
-		switch err := do(); {
-		case err == nil:
-			return nil
-		case !errors.Is(err, netlink.ErrDumpInterrupted) || attempt == attempts:
-			return fmt.Errorf("packets: %s (needs CAP_NET_ADMIN and nf_conntrack_netlink in the kernel): %w", what, err)
-		}
-	}
-}
-
-func localAddresses() (map[netip.Addr]bool, error) {
-	list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil, fmt.Errorf("packets: read the pod's addresses: %w", err)
-	}
-	out := map[netip.Addr]bool{}
-	for _, a := range list {
-		if addr, ok := netip.AddrFromSlice(a.IP); ok {
-			out[addr.Unmap()] = true
-		}
-	}
-	return out, nil
-}
-
-// offenders notes the families of flows that are not allowed, and matches none. A list of all flows would be several times as large as the
-// kernel's answer.
-type offenders struct {
-	judge    *judge
-	families map[netlink.InetFamily]bool
-}
-
-// MatchConntrackFlow implements netlink.CustomConntrackFilter.
-func (o offenders) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
-	if o.judge.MatchConntrackFlow(f) {
-		o.families[netlink.InetFamily(f.FamilyType)] = true
-	}
-	return false
 }
 
 // judge decides on flows. It is a netlink.CustomConntrackFilter that matches those which are not allowed.
@@ -135,15 +71,12 @@ func (j *judge) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 		return false
 	}
 	// Replies come from where the flow has been led to.
-	return !j.allows(proto, address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
+	return !j.allows(proto, netfilter.Address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
 }
 
-func address(ip net.IP) netip.Addr {
-	a, _ := netip.AddrFromSlice(ip)
-	return a.Unmap()
+func addressPort(ip net.IP, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(netfilter.Address(ip), port)
 }
-
-func addressPort(ip net.IP, port uint16) netip.AddrPort { return netip.AddrPortFrom(address(ip), port) }
 
 // allows decides on a flow from an address to another, which the pod has led to a third, or left as it is.
 func (j *judge) allows(proto verdict.Protocol, from netip.Addr, to, led netip.AddrPort) bool {
