@@ -58,30 +58,35 @@ func (b *bench) measure(c change) (sample, error) {
 		return s, err
 	}
 	runtime.GC()
+	err = b.followed(&s, concerned, write)
+	return s, err
+}
+
+// followed writes, and follows that to the last sidecar of those that it concerns.
+func (b *bench) followed(s *sample, concerned map[string]versions, write func() (time.Duration, error)) error {
 	before, err := b.settle()
 	if err != nil {
-		return s, err
+		return err
 	}
 	arrivals := b.expectAll(concerned)
 	client := cpu()
 	at, err := write()
 	if err != nil {
-		return s, err
+		return err
 	}
 	times, err := b.await(arrivals, len(concerned))
 	if err != nil {
-		return s, err
+		return err
 	}
 	client = cpu() - client
 	after, err := b.settle()
 	if err != nil {
-		return s, err
+		return err
 	}
 	s.Affected = len(concerned)
 	s.times(times, at)
 	s.used(before, after, client)
-	err = b.count(&s)
-	return s, err
+	return b.count(s)
 }
 
 // next makes a change here, and says what it means to the sidecars that there are.

@@ -47,29 +47,7 @@ func sustained(b *bench, _ int) (sample, error) {
 	if err != nil {
 		return s, err
 	}
-	before, err := b.settle()
-	if err != nil {
-		return s, err
-	}
-	arrivals := b.expectAll(concerned)
-	client := cpu()
-	at, err := b.paced(c, &s)
-	if err != nil {
-		return s, err
-	}
-	times, err := b.await(arrivals, len(concerned))
-	if err != nil {
-		return s, err
-	}
-	client = cpu() - client
-	after, err := b.settle()
-	if err != nil {
-		return s, err
-	}
-	s.Affected = len(concerned)
-	s.times(times, at)
-	s.used(before, after, client)
-	err = b.count(&s)
+	err = b.followed(&s, concerned, func() (time.Duration, error) { return b.paced(c, &s) })
 	return s, err
 }
 

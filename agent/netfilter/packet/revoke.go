@@ -18,8 +18,7 @@ import (
 // Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow: those
 // with replies would otherwise go on, and those of services would go on to an endpoint that is not one any more. It is for after Apply: the
 // next packet is a new flow then, and meets the rules. All others are left alone, those of the proxy's mark too. It returns how many were
-// forgotten.
-// policy is asked for the policy in force each time that they are read.
+// forgotten. policy is asked for the policy in force each time that they are read.
 func Revoke(policy func() *verdict.Packets) (int, error) {
 	local, err := netfilter.Addresses()
 	if err != nil {
