@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
@@ -22,18 +23,18 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// TestAuthority: replicas that start at once share one root, which survives them; the steps of a rotation reach each of them, and its
-// bundle every namespace; what somebody breaks is mended.
-func TestAuthority(t *testing.T) {
+// apiServer is a real API server that lasts as long as the test.
+func apiServer(t *testing.T) (*rest.Config, kubernetes.Interface) {
+	t.Helper()
 	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	t.Cleanup(func() {
 		if err := s.Stop(); err != nil {
 			t.Error(err)
 		}
-	}()
+	})
 	api, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
 	if err != nil {
 		t.Fatal(err)
@@ -43,6 +44,13 @@ func TestAuthority(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return api, c
+}
+
+// TestAuthority: replicas that start at once share one root, which survives them; the steps of a rotation reach each of them, and its
+// bundle every namespace; what somebody breaks is mended.
+func TestAuthority(t *testing.T) {
+	_, c := apiServer(t)
 	namespace := func(name string) {
 		t.Helper()
 		if _, err := c.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {

@@ -16,11 +16,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/identity/ca"
-	"github.com/mantlet/mantlet/test/cluster"
 )
 
 // late holds what creates Secrets back until it is let go, as a network may.
@@ -58,24 +56,7 @@ func (l *logged) String() string {
 // TestParted: a replica that has just started makes another root after the Secret was deleted, before one that runs has made it again. The one that
 // runs says so and ends, and starts again with the other's root. An edit that would part workloads ends nobody.
 func TestParted(t *testing.T) {
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	}()
-	api, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	api.QPS, api.Burst = 1000, 1000
-	c, err := kubernetes.NewForConfig(api)
-	if err != nil {
-		t.Fatal(err)
-	}
+	api, c := apiServer(t)
 	gate := &late{arrived: make(chan struct{}), release: make(chan struct{})}
 	slow := rest.CopyConfig(api)
 	slow.Wrap(func(rt http.RoundTripper) http.RoundTripper { gate.RoundTripper = rt; return gate })
