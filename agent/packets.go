@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -15,9 +16,13 @@ import (
 
 // packets keeps the pod's policy on UDP and SCTP in the kernel.
 //
-//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► ACK ──► packet.Revoke (conntrack)
+//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► ACK ··later··► packet.Revoke (conntrack)
 //	                                                            ▲
 //	                                     netfilter.Guard ──Repair┘
+//
+// The rules judge every packet of a flow, so that what is not allowed any more has ended when the kernel has taken them. What is left for later is
+// that conntrack forgets such flows: those of a service have to be led to another endpoint, and the ports of the others are to be free for a flow that
+// begins at the other end.
 //
 // Until the first the pod is closed: nothing gets through but what is between it and its node. From then on the last that the kernel took is
 // in force, however long the control plane is away.
@@ -26,7 +31,9 @@ type packets struct {
 	conn   *netfilter.Conn
 
 	mu      sync.Mutex
-	news    chan struct{}    // holds one while flows are to be judged by what is in force
+	news    chan struct{} // holds one while due is new
+	due     time.Time     // when conntrack is to forget what is not in force; zero: there is nothing
+	forget  forgetting
 	current *verdict.Packets // what is in force
 	known   bool             // that is what the control plane has said, and not the closed beginning
 	left    bool             // until then what is in force is what an agent before this one left
@@ -40,7 +47,7 @@ func closePackets(logger *slog.Logger) (*packets, error) {
 	if err := packet.Apply(conn, closed); err != nil {
 		return nil, err
 	}
-	return &packets{logger: logger, conn: conn, current: closed, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+	return newPackets(logger, conn, closed), nil
 }
 
 // adoptPackets closes the pod to UDP and SCTP where nobody has written the table yet. What an agent before this one was told stays in force
@@ -55,11 +62,17 @@ func adoptPackets(logger *slog.Logger) (*packets, error) {
 		conn.Close()
 		return closePackets(logger)
 	}
-	return &packets{logger: logger, conn: conn, current: &verdict.Packets{}, left: true, changed: make(chan struct{}), news: make(chan struct{}, 1)}, nil
+	p := newPackets(logger, conn, &verdict.Packets{})
+	p.left = true
+	return p, nil
+}
+
+func newPackets(logger *slog.Logger, conn *netfilter.Conn, current *verdict.Packets) *packets {
+	return &packets{logger: logger, conn: conn, current: current, forget: defaultForgetting, changed: make(chan struct{}), news: make(chan struct{}, 1)}
 }
 
 // Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
-// one before stays then. Flows that it does not allow any more are ended before the first returns, and later ones by run.
+// one before stays then.
 func (p *packets) Apply(b []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -77,63 +90,79 @@ func (p *packets) enforce(next *verdict.Packets) error {
 	if err := packet.Apply(p.conn, next); err != nil {
 		return err
 	}
-	before := p.current
-	p.current = next
-	if !p.known { // what another agent let through
-		if err := p.revoke(func() *verdict.Packets { return next }); err != nil {
-			return err
-		}
-	}
-	p.known = true
-	if !packet.Widens(before, next) {
-		poke(p.news)
+	before, known := p.current, p.known
+	p.current, p.known = next, true
+	switch {
+	case !known || packet.Releads(before, next):
+		p.forgetIn(p.forget.services)
+	case !packet.Widens(before, next):
+		p.forgetIn(p.forget.others + rand.N(p.forget.others))
 	}
 	return nil
 }
 
-func (p *packets) revoke(policy func() *verdict.Packets) error {
-	n, err := packet.Revoke(policy)
-	if n > 0 {
-		p.logger.Info("agent: ended flows of UDP or SCTP that policy does not allow any more", "flows", n)
-	}
-	return err
+// forgetting is how long conntrack may keep what policy does not allow any more. The kernel walks its whole table for each reading (see
+// netfilter.Forget), which costs as much as many edits and which nothing may interrupt: so that is done once for all the policies that come
+// meanwhile, and Envoy gets its share of the processor before.
+type forgetting struct {
+	// services is for flows that are to be led to another endpoint: they go to the old one before, or nowhere.
+	services time.Duration
+	// others is for those that end. Twice that at most, so that not all pods of a node read the table at once.
+	others time.Duration
 }
 
-const (
-	// revokeGather is how long flows that have become forbidden may go on for policies to come that are part of the same edit, and for Envoy
-	// to get its share of the processor before: judging flows costs as much as many edits (see packet.Revoke).
-	revokeGather   = 50 * time.Millisecond
-	revokeFailures = 8 // in a row, after which the agent gives up
-)
+var defaultForgetting = forgetting{services: 50 * time.Millisecond, others: 5 * time.Second}
 
-// run ends flows that policy does not allow any more, until ctx ends (nil) or it fails again and again.
+// forgetIn has run read conntrack then, if it is not to do so earlier.
+func (p *packets) forgetIn(d time.Duration) {
+	if at := time.Now().Add(d); p.due.IsZero() || at.Before(p.due) {
+		p.due = at
+		poke(p.news)
+	}
+}
+
+// forgetFailures in a row are those after which the agent gives up.
+const forgetFailures = 8
+
+// run has conntrack forget flows that policy does not allow any more, until ctx ends (nil) or it fails again and again.
 func (p *packets) run(ctx context.Context) error {
 	current := func() *verdict.Packets {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		return p.current
 	}
+	timer := time.NewTimer(0)
+	timer.Stop()
+	defer timer.Stop()
 	for failures := 0; ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-p.news:
+			p.mu.Lock()
+			timer.Reset(time.Until(p.due))
+			p.mu.Unlock()
+			continue
+		case <-timer.C:
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(revokeGather << failures):
+		p.mu.Lock()
+		p.due = time.Time{}
+		p.mu.Unlock()
+		n, err := packet.Revoke(current)
+		if n > 0 {
+			p.logger.Info("agent: ended flows of UDP or SCTP that policy does not allow any more", "flows", n)
 		}
-		err := p.revoke(current)
 		if err == nil {
 			failures = 0
 			continue
 		}
-		if failures++; failures == revokeFailures {
+		if failures++; failures == forgetFailures {
 			return fmt.Errorf("flows that policy does not allow cannot be ended: %w", err)
 		}
-		p.logger.Error("agent: flows that policy does not allow any more go on for now", "cause", err)
-		poke(p.news)
+		p.logger.Error("agent: conntrack keeps flows that policy does not allow any more", "cause", err)
+		p.mu.Lock()
+		p.forgetIn(p.forget.services << failures)
+		p.mu.Unlock()
 	}
 }
 

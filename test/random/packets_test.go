@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/netfilter/packet"
@@ -155,11 +154,11 @@ func rulesOf(v byValue) (byRules, error) {
 var ipProtocol = map[verdict.Protocol]byte{verdict.TCP: unix.IPPROTO_TCP, verdict.UDP: unix.IPPROTO_UDP, verdict.SCTP: unix.IPPROTO_SCTP}
 
 func (r byRules) ingress(pod string, proto verdict.Protocol, port uint16, from netip.Addr) bool {
-	return r[pod].arrives(nftrules.Packet{Protocol: ipProtocol[proto], Source: from, Port: port, State: expr.CtStateBitNEW})
+	return r[pod].served(ipProtocol[proto], port, from, ephemeral)
 }
 
 func (r byRules) egress(pod string, proto verdict.Protocol, port uint16, to netip.Addr) bool {
-	return r[pod].leaves(nftrules.Packet{Protocol: ipProtocol[proto], Dest: to, Port: port, State: expr.CtStateBitNEW})
+	return r[pod].used(ipProtocol[proto], port, to, ephemeral)
 }
 
 // self is the pod's address of a family. No rule looks at it.
@@ -168,6 +167,28 @@ func self(peer netip.Addr) netip.Addr {
 		return netip.MustParseAddr("10.64.0.2")
 	}
 	return netip.MustParseAddr("fd00::2")
+}
+
+const ephemeral = 40000
+
+// served says whether a peer may use a port of the pod: both what it sends, and what goes back. Rules that judge the two differently are a panic.
+func (g *guardedPod) served(proto byte, port uint16, from netip.Addr, with uint16) bool {
+	sent := g.arrives(nftrules.Packet{Protocol: proto, Source: from, Port: port, SourcePort: with})
+	back := g.leaves(nftrules.Packet{Protocol: proto, Dest: from, Port: with, SourcePort: port, Flow: nftrules.Flow{Direction: nftrules.Reply}})
+	if sent != back {
+		panic(fmt.Sprintf("from %s to port %d of protocol %d: what is sent passes: %v, replies: %v", from, port, proto, sent, back))
+	}
+	return sent
+}
+
+// used says the same of the pod and a peer's port.
+func (g *guardedPod) used(proto byte, port uint16, to netip.Addr, with uint16) bool {
+	sent := g.leaves(nftrules.Packet{Protocol: proto, Dest: to, Port: port, SourcePort: with})
+	back := g.arrives(nftrules.Packet{Protocol: proto, Source: to, Port: with, SourcePort: port, Flow: nftrules.Flow{Direction: nftrules.Reply}})
+	if sent != back {
+		panic(fmt.Sprintf("to port %d of protocol %d at %s: what is sent passes: %v, replies: %v", port, proto, to, sent, back))
+	}
+	return sent
 }
 
 // arrives judges a packet that comes in.
@@ -228,11 +249,11 @@ func TestPacketRulesAgreeWithValue(t *testing.T) {
 		for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
 			for _, port := range edgePorts(&p) {
 				for _, a := range edgeAddrs(&p) {
-					q := nftrules.Packet{Protocol: ipProtocol[proto], Source: a, Dest: a, Port: port, SourcePort: uint16(r.Uint32()), State: expr.CtStateBitNEW}
-					if got, want := g.arrives(q), p.AllowsIngress(proto, port, a); got != want {
+					with := uint16(r.Uint32())
+					if got, want := g.served(ipProtocol[proto], port, a, with), p.AllowsIngress(proto, port, a); got != want {
 						t.Fatalf("value %d: from %s to %d/%s: rules %v, value %v\n%+v", i, a, port, proto, got, want, p)
 					}
-					if got, want := g.leaves(q), p.AllowsEgress(proto, port, a); got != want {
+					if got, want := g.used(ipProtocol[proto], port, a, with), p.AllowsEgress(proto, port, a); got != want {
 						t.Fatalf("value %d: to %s %d/%s: rules %v, value %v\n%+v", i, a, port, proto, got, want, p)
 					}
 				}
@@ -241,28 +262,30 @@ func TestPacketRulesAgreeWithValue(t *testing.T) {
 	}
 }
 
-// TestPacketRulesLetPass: what is no UDP and no SCTP, replies, loopback, and at egress the proxy's mark, even where nothing is admitted.
+// TestPacketRulesLetPass: what is no UDP and no SCTP, loopback, and at egress the proxy's mark with its replies, even where nothing is admitted.
 func TestPacketRulesLetPass(t *testing.T) {
 	rules, err := packet.Emit(&verdict.Packets{}, proxyMark)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, peer := range []netip.Addr{netip.MustParseAddr("10.64.0.3"), netip.MustParseAddr("fd00::3")} {
-		base := nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: peer, Dest: peer, Port: 53, In: "eth0", Out: "eth0", State: expr.CtStateBitNEW}
+		base := nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: peer, Dest: peer, Port: 53, In: "eth0", Out: "eth0"}
 		for _, c := range []struct {
 			what    string
 			change  func(*nftrules.Packet)
 			in, out bool
 		}{
 			{"a new flow", func(*nftrules.Packet) {}, false, false},
-			{"a related flow", func(p *nftrules.Packet) { p.State = expr.CtStateBitRELATED }, false, false},
-			{"untracked", func(p *nftrules.Packet) { p.State = expr.CtStateBitUNTRACKED }, false, false},
-			{"invalid SCTP", func(p *nftrules.Packet) { p.Protocol, p.State = unix.IPPROTO_SCTP, expr.CtStateBitINVALID }, false, false},
+			{"untracked", func(p *nftrules.Packet) { p.Flow.Direction = nftrules.Untracked }, false, false},
+			{"untracked SCTP", func(p *nftrules.Packet) { p.Protocol, p.Flow.Direction = unix.IPPROTO_SCTP, nftrules.Untracked }, false, false},
 			{"new SCTP", func(p *nftrules.Packet) { p.Protocol = unix.IPPROTO_SCTP }, false, false},
 			{"an interface whose name begins with lo", func(p *nftrules.Packet) { p.In, p.Out = "lo1", "lo1" }, false, false},
 			{"the pod's own address as the source, from outside", func(p *nftrules.Packet) { p.Source, p.Dest = self(peer), self(peer) }, false, false},
-			{"a reply", func(p *nftrules.Packet) { p.State = expr.CtStateBitESTABLISHED }, true, true},
-			{"a reply in SCTP", func(p *nftrules.Packet) { p.Protocol, p.State = unix.IPPROTO_SCTP, expr.CtStateBitESTABLISHED }, true, true},
+			{"a reply", func(p *nftrules.Packet) { p.Flow.Direction = nftrules.Reply }, false, false},
+			{"a reply in SCTP", func(p *nftrules.Packet) { p.Protocol, p.Flow.Direction = unix.IPPROTO_SCTP, nftrules.Reply }, false, false},
+			{"a reply to the proxy", func(p *nftrules.Packet) { p.Flow = nftrules.Flow{Direction: nftrules.Reply, Mark: proxyMark} }, true, false},
+			{"a reply to another mark", func(p *nftrules.Packet) { p.Flow = nftrules.Flow{Direction: nftrules.Reply, Mark: proxyMark | 1<<16} }, false, false},
+			{"a flow of the proxy's mark, from another", func(p *nftrules.Packet) { p.Flow.Mark = proxyMark }, false, false},
 			{"loopback", func(p *nftrules.Packet) { p.In, p.Out = "lo", "lo" }, true, true},
 			{"the proxy's mark", func(p *nftrules.Packet) { p.Mark = proxyMark }, false, true},
 			{"another mark", func(p *nftrules.Packet) { p.Mark = proxyMark | 1<<16 }, false, false},

@@ -6,10 +6,11 @@
 //	 from outside                                    from the pod's processes
 //	      │ prerouting (filter, 0)                        │ postrouting (filter, 0)
 //	UDP ──► ingress-udp                             UDP ──► egress-udp
-//	SCTP ─► ingress-sctp                            SCTP ─► egress-sctp
+//	        replies ─► egress-udp-replies                   replies ─► ingress-udp-replies
+//	SCTP ─► ingress-sctp, …                         SCTP ─► egress-sctp, …
 //	all else: as it is                              all else: as it is
 //	      │                                               │
-//	lo, replies, own node: accept                   lo, replies, proxy's mark, own node: accept
+//	lo, own node: accept                            lo, proxy's mark, own node: accept
 //	port ──► block-N: addresses in its sets: accept; else drop
 //
 // These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.
@@ -21,10 +22,13 @@
 //   - Prerouting and postrouting, not input and output: so what a pod forwards (containers in it) meets the rules as well; addresses are those
 //     after the pod's own destination NAT (-100), and the interface is the one that a packet leaves by after it. A dropped datagram
 //     of a local process fails its send with EPERM.
-//   - A reply is what conntrack knows as established. Related flows are not let through: those would be flows that a protocol helper
-//     expects and no rule admits. ICMP errors are no UDP and pass anyway, as do neighbour discovery and path MTU: ICMP is never looked at.
-//   - Replacing the table leaves conntrack alone: a flow with replies goes on until its entry is deleted (revocation), a flow without any
-//     is judged anew at every packet.
+//   - Every packet is judged, those of known flows too: a policy that narrows cuts flows with the commit. What goes back on a flow, as conntrack
+//     tells, is judged as the flow is: by the peer, and by the port that was asked for, which is the source's then. At prerouting an answer still
+//     comes from the endpoint that a service's flow was led to (its source is translated back at input).
+//   - Related flows are not let through: those would be flows that a protocol helper expects and no rule admits. ICMP errors are no UDP and pass
+//     anyway, as do neighbour discovery and path MTU: ICMP is never looked at.
+//   - Replacing the table leaves conntrack alone. It has to forget flows that policy does not allow any more (Revoke), but nothing depends on how soon: a flow
+//     of a service stays with the endpoint that it was led to, and a flow's ports stay those of who began it.
 //   - The pod's own source address opens nothing at ingress: what the pod sends to itself comes through lo. From eth0 it is a forgery.
 //   - The mark of the proxy exempts the agent's own name resolution at egress. It takes CAP_NET_ADMIN or CAP_NET_RAW to set.
 package packet

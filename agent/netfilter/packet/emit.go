@@ -41,13 +41,29 @@ type Chain = netfilter.Chain
 // direction is what differs between ingress and egress.
 type direction struct {
 	name     string
+	replies  string // the direction of the flows whose replies come through this one's hook
 	hook     *nftables.ChainHook
 	iface    expr.MetaKey
-	v4, v6   uint32 // offset of the peer's address in the IP header
 	blocks   []verdict.PacketBlock
 	accepted []netip.Addr // always
 	mark     uint32       // accepted always; zero: none
+	// begins and answers are where a flow's packets have the peer, and the port that was asked for: on the way that it began, and on the way back.
+	begins, answers sides
 }
+
+// sides are offsets in the headers of a packet.
+type sides struct {
+	v4, v6 uint32 // the peer's address
+	port   uint32
+}
+
+func peerSends(port uint32) sides { return sides{v4: 12, v6: 8, port: port} }
+func peerGets(port uint32) sides  { return sides{v4: 16, v6: 24, port: port} }
+
+const (
+	sourcePort      = 0 // in the header of UDP and SCTP
+	destinationPort = 2
+)
 
 // Emit makes the rules for a packet policy. Marked packets pass at egress. Equal values give equal rules. It fails for a value that is not
 // valid, and for mark 0, which every ordinary socket has.
@@ -59,10 +75,10 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 		return nil, errors.New("packets: mark 0 is the mark of every ordinary socket; choose another")
 	}
 	rs := &Ruleset{Table: &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}}
-	rs.direction(direction{name: "ingress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME, v4: 12, v6: 8,
-		blocks: p.Ingress, accepted: p.Node})
-	rs.direction(direction{name: "egress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME, v4: 16, v6: 24,
-		blocks: p.Egress, accepted: p.Node, mark: mark})
+	rs.direction(direction{name: "ingress", replies: "egress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME,
+		begins: peerSends(destinationPort), answers: peerGets(sourcePort), blocks: p.Ingress, accepted: p.Node})
+	rs.direction(direction{name: "egress", replies: "ingress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME,
+		begins: peerGets(destinationPort), answers: peerSends(sourcePort), blocks: p.Egress, accepted: p.Node, mark: mark})
 	rs.services(p.Services, mark)
 	return rs, nil
 }
@@ -74,7 +90,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 //	}
 //	chain ingress-udp {
 //		iifname "lo" accept
-//		ct state established accept
+//		ct direction reply goto egress-udp-replies
 //		meta mark 0x6d74 ct mark set meta mark accept # at egress: the agent's own
 //		ip saddr 10.0.0.1 accept                 # own node
 //		th dport vmap @ingress-udp-ports         # 1-52 : goto ingress-udp-0, …
@@ -83,6 +99,20 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 //	chain ingress-udp-0 {
 //		meta nfproto ipv4 ip saddr @ingress-udp-0-v4 accept
 //		meta nfproto ipv6 accept                 # where every address of the family is allowed
+//		drop
+//	}
+//
+// and for what goes back on the flows of this direction, which comes through the other one's hook:
+//
+//	chain ingress-udp-replies {
+//		ct mark 0x6d74 accept                    # at egress
+//		ip daddr 10.0.0.1 accept
+//		th sport vmap @ingress-udp-replies-ports # 1-52 : goto ingress-udp-0-replies, …
+//		drop
+//	}
+//	chain ingress-udp-0-replies {
+//		meta nfproto ipv4 ip daddr @ingress-udp-0-v4 accept
+//		meta nfproto ipv6 accept
 //		drop
 //	}
 func (rs *Ruleset) direction(d direction) {
@@ -94,46 +124,60 @@ func (rs *Ruleset) direction(d direction) {
 		verdict.Protocol
 		number byte
 	}{{verdict.UDP, unix.IPPROTO_UDP}, {verdict.SCTP, unix.IPPROTO_SCTP}} {
-		name := d.name + "-" + strings.ToLower(proto.String())
+		suffix := "-" + strings.ToLower(proto.String())
+		name := d.name + suffix
 		base.Rules = append(base.Rules, rule(meta(expr.MetaKeyL4PROTO, []byte{proto.number}), jump(name)))
 
-		judge := rs.chain(name)
-		judge.Rules = append(judge.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(established(), done(expr.VerdictAccept)))
+		first := rs.chain(name)
+		first.Rules = append(first.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(reply(), jump(d.replies+suffix+repliesSuffix)))
+		back := rs.chain(name + repliesSuffix)
 		if d.mark != 0 {
-			judge.Rules = append(judge.Rules, rule(meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(d.mark)), markFlow(), done(expr.VerdictAccept)))
+			mark := binaryutil.NativeEndian.PutUint32(d.mark)
+			first.Rules = append(first.Rules, rule(meta(expr.MetaKeyMARK, mark), markFlow(), done(expr.VerdictAccept)))
+			back.Rules = append(back.Rules, rule(flowMark(), equals(mark), done(expr.VerdictAccept)))
 		}
-		for _, a := range d.accepted {
-			judge.Rules = append(judge.Rules, rule(d.address(a.Is4()), equals(a.AsSlice()), done(expr.VerdictAccept)))
-		}
-		ports := Set{Set: &nftables.Set{Table: rs.Table, Name: name + "-ports", Interval: true, IsMap: true,
-			KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian}}
-		var blocks []Chain
+		var blocks, backBlocks []Chain
 		var ranges []portGoto
 		for i := range d.blocks {
 			b := &d.blocks[i]
 			if b.Protocol != proto.Protocol {
 				continue
 			}
-			block := rs.block(d, fmt.Sprintf("%s-%d", name, len(blocks)), b.Peers)
-			blocks = append(blocks, block)
+			block, backBlock := rs.block(d, fmt.Sprintf("%s-%d", name, len(blocks)), b.Peers)
+			blocks, backBlocks = append(blocks, block), append(backBlocks, backBlock)
 			for _, r := range b.Ports {
 				ranges = append(ranges, portGoto{r, block.Name})
 			}
 		}
-		if len(ranges) > 0 {
-			ports.Elements = portElements(ranges)
-			rs.add(&ports)
-			judge.Rules = append(judge.Rules, rule(destinationPort(), lookup(ports.Set)))
-		}
-		judge.Rules = append(judge.Rules, rule(done(expr.VerdictDrop)))
-		judging = append(append(judging, judge), blocks...)
+		slices.SortFunc(ranges, func(a, b portGoto) int { return cmp.Compare(a.First, b.First) })
+		rs.judge(&first, d.begins, d.accepted, ranges, "")
+		rs.judge(&back, d.answers, d.accepted, ranges, repliesSuffix)
+		judging = slices.Concat(judging, []Chain{first}, blocks, []Chain{back}, backBlocks)
 	}
 	rs.Chains = append(append(rs.Chains, base), judging...)
 }
 
-// block makes the chain that accepts the peers of a block and drops the rest.
-func (rs *Ruleset) block(d direction, name string, peers []verdict.PacketPrefix) Chain {
-	c := rs.chain(name)
+// repliesSuffix is that of chains which judge replies.
+const repliesSuffix = "-replies"
+
+// judge ends a chain: peers that are accepted always pass, ports lead to the chain of their block, the rest is dropped.
+func (rs *Ruleset) judge(c *Chain, at sides, accepted []netip.Addr, ranges []portGoto, suffix string) {
+	for _, a := range accepted {
+		c.Rules = append(c.Rules, rule(at.address(a.Is4()), equals(a.AsSlice()), done(expr.VerdictAccept)))
+	}
+	if len(ranges) > 0 {
+		ports := Set{Set: &nftables.Set{Table: rs.Table, Name: c.Name + "-ports", Interval: true, IsMap: true,
+			KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian}}
+		ports.Elements = portElements(ranges, suffix)
+		rs.add(&ports)
+		c.Rules = append(c.Rules, rule(at.portLoaded(), lookup(ports.Set)))
+	}
+	c.Rules = append(c.Rules, rule(done(expr.VerdictDrop)))
+}
+
+// block makes the chain that accepts the peers of a block and drops the rest, and that for what goes back to them, which looks into the same sets.
+func (rs *Ruleset) block(d direction, name string, peers []verdict.PacketPrefix) (first, back Chain) {
+	first, back = rs.chain(name), rs.chain(name+repliesSuffix)
 	v4, v6 := flatten(peers)
 	for _, family := range []struct {
 		intervals []interval
@@ -144,16 +188,19 @@ func (rs *Ruleset) block(d direction, name string, peers []verdict.PacketPrefix)
 		switch in := family.intervals; {
 		case len(in) == 0:
 		case in[0].whole():
-			c.Rules = append(c.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
+			first.Rules = append(first.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
+			back.Rules = append(back.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
 		default:
 			s := Set{Set: &nftables.Set{Table: rs.Table, Name: name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
 				Elements: addressElements(in)}
 			rs.add(&s)
-			c.Rules = append(c.Rules, rule(d.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
+			first.Rules = append(first.Rules, rule(d.begins.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
+			back.Rules = append(back.Rules, rule(d.answers.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
 		}
 	}
-	c.Rules = append(c.Rules, rule(done(expr.VerdictDrop)))
-	return c
+	first.Rules = append(first.Rules, rule(done(expr.VerdictDrop)))
+	back.Rules = append(back.Rules, rule(done(expr.VerdictDrop)))
+	return first, back
 }
 
 func (rs *Ruleset) chain(name string) Chain {
@@ -183,11 +230,12 @@ type portGoto struct {
 	chain string
 }
 
-func portElements(ranges []portGoto) []nftables.SetElement {
-	slices.SortFunc(ranges, func(a, b portGoto) int { return cmp.Compare(a.First, b.First) })
+// portElements are the elements for sorted ranges, which go to the chains with a suffix.
+func portElements(ranges []portGoto, suffix string) []nftables.SetElement {
 	var out []nftables.SetElement
 	for _, r := range ranges {
-		out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, r.First), VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: r.chain}})
+		to := &expr.Verdict{Kind: expr.VerdictGoto, Chain: r.chain + suffix}
+		out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, r.First), VerdictData: to})
 		if r.Last < 65535 {
 			out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, r.Last+1), IntervalEnd: true})
 		}

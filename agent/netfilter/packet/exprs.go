@@ -2,7 +2,6 @@ package packet
 
 import (
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -40,27 +39,26 @@ func nfproto(v4 bool) []expr.Any {
 }
 
 // address loads the peer's address where the packet is of the family.
-func (d direction) address(v4 bool) []expr.Any {
-	p := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: d.v6, Len: 16}
+func (s sides) address(v4 bool) []expr.Any {
+	p := &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: s.v6, Len: 16}
 	if v4 {
-		p.Offset, p.Len = d.v4, 4
+		p.Offset, p.Len = s.v4, 4
 	}
 	return append(nfproto(v4), p)
 }
 
-// destinationPort loads the port, which UDP and SCTP have in the same place.
-func destinationPort() []expr.Any {
-	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+// portLoaded loads the port that was asked for, which UDP and SCTP have in the same place.
+func (s sides) portLoaded() []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: s.port, Len: 2}}
 }
 
-func established() []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED), Xor: binaryutil.NativeEndian.PutUint32(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(0)},
-	}
+// reply goes on with what answers a flow that conntrack knows. What it does not know is none.
+func reply() []expr.Any {
+	return append([]expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}}, equals([]byte{1})...) // IP_CT_DIR_REPLY
 }
+
+// flowMark loads what markFlow gave.
+func flowMark() []expr.Any { return []expr.Any{&expr.Ct{Key: expr.CtKeyMARK, Register: 1}} }
 
 // markFlow gives a flow the mark that is loaded, by which Revoke knows the agent's own.
 func markFlow() []expr.Any {

@@ -284,7 +284,7 @@ func TestReplies(t *testing.T) {
 	}
 }
 
-// What a narrower policy does not admit is cut at the next datagram: new flows, and those that never had an answer.
+// What a narrower policy does not admit is cut at the next datagram: new flows, and those that never had an answer. TestRevoke has those that had.
 func TestNarrowing(t *testing.T) {
 	outside := surroundings(t)
 	const port = 9055

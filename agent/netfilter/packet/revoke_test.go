@@ -14,8 +14,8 @@ import (
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// Flows with replies end when the policy no longer allows them, both directions, both families, and all others go on: also those of the
-// agent, which no policy allows.
+// Flows with replies end with the policy that allowed them, both directions, both families, and all others go on: also those of the
+// agent, which no policy allows. What has ended is forgotten by conntrack then, so that the other end may begin where it is allowed to.
 func TestRevoke(t *testing.T) {
 	outside := surroundings(t)
 	const port = 9060
@@ -34,12 +34,12 @@ func TestRevoke(t *testing.T) {
 	type flow struct {
 		peer    netip.Addr
 		in, out net.PacketConn // at the peer: talks to at, is talked to by from
+		from    net.Addr       // of from, as the peer sees it
 	}
 	var flows []flow
 	dest := func(a netip.Addr) net.Addr { return to(a, port+1) }
 	for _, a := range peers {
-		f := flow{a, socket(t, outside, netip.AddrPortFrom(a, 0).String()), socket(t, outside, netip.AddrPortFrom(a, port+1).String())}
-		flows = append(flows, f)
+		f := flow{a, socket(t, outside, netip.AddrPortFrom(a, 0).String()), socket(t, outside, netip.AddrPortFrom(a, port+1).String()), nil}
 		send(t, f.in, to(same(a, own), port), "in")
 		word, sender := receive(t, at)
 		send(t, at, sender, "reply")
@@ -52,6 +52,8 @@ func TestRevoke(t *testing.T) {
 		if back, _ := receive(t, from); word != "out" || back != "reply" {
 			t.Fatalf("%s: got %q and %q", a, word, back)
 		}
+		f.from = sender
+		flows = append(flows, f)
 	}
 	agents := socket(t, outside, "10.99.0.3:9070")
 	send(t, marked, agents.LocalAddr(), "agent")
@@ -59,30 +61,71 @@ func TestRevoke(t *testing.T) {
 		t.Fatal(sender)
 	}
 
-	if err := Apply(kernel(t), narrow); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := Revoke(as(narrow)); err != nil || n != 2*(len(peers)-2) {
-		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
-	}
-	for _, f := range flows {
-		stays := f.peer == peers[1] || f.peer == peers[5]
-		if got := send(t, at, f.in.LocalAddr(), "more"); got != stays {
-			t.Errorf("to %s, which had begun: sent=%v", f.peer, got)
-		}
-		if got := send(t, from, dest(f.peer), "more"); got != stays {
-			t.Errorf("to %s: sent=%v", f.peer, got)
-		}
-		send(t, f.in, to(same(f.peer, own), port), "late "+f.peer.String()) // arrives from those that stay only
-		if stays {
-			if word, _ := receive(t, at); word != "late "+f.peer.String() {
-				t.Errorf("got %q", word)
+	goOn := func(when string) {
+		t.Helper()
+		for _, f := range flows {
+			stays := f.peer == peers[1] || f.peer == peers[5]
+			word := "late " + f.peer.String() + when
+			if got := send(t, at, f.in.LocalAddr(), "more"); got != stays {
+				t.Errorf("%s: to %s, which had begun: sent=%v", when, f.peer, got)
+			}
+			if got := send(t, from, dest(f.peer), "more"); got != stays {
+				t.Errorf("%s: to %s: sent=%v", when, f.peer, got)
+			}
+			send(t, f.in, to(same(f.peer, own), port), word) // arrives from those that stay only
+			send(t, f.out, f.from, word)
+			if stays {
+				if got, _ := receive(t, at); got != word {
+					t.Errorf("%s: got %q", when, got)
+				}
+				if got, _ := receive(t, from); got != word {
+					t.Errorf("%s: the answer is %q", when, got)
+				}
 			}
 		}
 	}
+	if err := Apply(kernel(t), narrow); err != nil {
+		t.Fatal(err)
+	}
+	goOn("before conntrack forgets")
+	if n, err := Revoke(as(narrow)); err != nil || n != 2*(len(peers)-2) {
+		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
+	}
+	goOn("after")
 	send(t, agents, marked.LocalAddr(), "answer")
 	if word, _ := receive(t, marked); word != "answer" {
 		t.Errorf("the agent got %q", word)
+	}
+}
+
+// A flow that began at a peer keeps its ports until conntrack has forgotten it: what the pod sends there is a reply, whatever it may send itself.
+// Then it is a flow of the pod's.
+func TestOtherEndBegins(t *testing.T) {
+	outside := surroundings(t)
+	a := peers[0]
+	both := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(1, 65535, "10.99.0.3/32")}, Egress: []verdict.PacketBlock{udp(1, 65535, "10.99.0.3/32")}})
+	apply(t, *both)
+	inside, there := socket(t, nil, netip.AddrPortFrom(same(a, own), 0).String()), socket(t, outside, netip.AddrPortFrom(a, 0).String())
+	send(t, there, inside.LocalAddr(), "question")
+	if _, from := receive(t, inside); !send(t, inside, from, "answer") {
+		t.Fatal("the answer was dropped")
+	}
+	out := here(verdict.Packets{Ingress: []verdict.PacketBlock{}, Egress: both.Egress})
+	apply(t, *out)
+	if send(t, inside, there.LocalAddr(), "a reply") {
+		t.Error("a reply passes on a flow that is not allowed")
+	}
+	if n, err := Revoke(as(out)); err != nil || n == 0 {
+		t.Fatalf("revoked %d flows, %v", n, err)
+	}
+	receive(t, there) // the answer
+	if !send(t, inside, there.LocalAddr(), "a flow of its own") {
+		t.Fatal("what the pod may send is dropped")
+	}
+	_, from := receive(t, there)
+	send(t, there, from, "the answer to that")
+	if word, _ := receive(t, inside); word != "the answer to that" {
+		t.Errorf("got %q", word)
 	}
 }
 

@@ -1,19 +1,37 @@
 package packet
 
 import (
+	"net/netip"
 	"slices"
 
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// Widens reports whether a policy lets through all that another did, so that no flow has to be forgotten where it takes the place of
+// Widens reports whether a policy lets through all that another did, so that conntrack has nothing to forget where it takes the place of
 // that. It may say no where it is so; it never says yes where it is not.
 func Widens(before, next *verdict.Packets) bool {
-	return slices.Equal(before.Node, next.Node) &&
-		slices.EqualFunc(before.Services, next.Services, func(a, b verdict.PacketService) bool {
-			return a.Compare(&b) == 0 && slices.Equal(a.Endpoints, b.Endpoints)
-		}) &&
-		covered(before.Ingress, next.Ingress) && covered(before.Egress, next.Egress)
+	return slices.Equal(before.Node, next.Node) && !Releads(before, next) && covered(before.Ingress, next.Ingress) && covered(before.Egress, next.Egress)
+}
+
+// Releads reports whether flows of services may have to go elsewhere where a policy takes the place of another: to another endpoint, or, where
+// there was no service or is none any more, to one or to none.
+func Releads(before, next *verdict.Packets) bool {
+	for i := range before.Services {
+		was := &before.Services[i]
+		is := next.Service(was.Protocol, was.Addr)
+		if is == nil || slices.ContainsFunc(was.Endpoints, func(e netip.AddrPort) bool {
+			_, found := slices.BinarySearchFunc(is.Endpoints, e, netip.AddrPort.Compare)
+			return !found
+		}) {
+			return true
+		}
+	}
+	for i := range next.Services {
+		if is := &next.Services[i]; before.Service(is.Protocol, is.Addr) == nil && before.AllowsEgress(is.Protocol, is.Addr.Port(), is.Addr.Addr()) {
+			return true
+		}
+	}
+	return false
 }
 
 // covered reports whether blocks admit, port by port, all that others do.

@@ -48,10 +48,35 @@ func TestWidens(t *testing.T) {
 	if !Widens(same, same) {
 		t.Errorf("%+v loses something against itself", same)
 	}
-	with := *same
-	with.Services = []verdict.PacketService{{Protocol: verdict.UDP, Addr: netip.MustParseAddrPort("10.1.0.1:53"), Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:53")}}}
-	if Widens(same, &with) || Widens(&with, same) {
-		t.Error("a flow to a service may be led elsewhere, and it says that none is lost")
+}
+
+func TestReleads(t *testing.T) {
+	vip, one, two := netip.MustParseAddrPort("10.1.0.1:53"), netip.MustParseAddrPort("10.0.0.1:53"), netip.MustParseAddrPort("10.0.0.2:53")
+	to := func(endpoints ...netip.AddrPort) *verdict.Packets {
+		return &verdict.Packets{Services: []verdict.PacketService{{Protocol: verdict.UDP, Addr: vip, Endpoints: endpoints}}}
+	}
+	none := &verdict.Packets{}
+	admitted := &verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.1.0.0/16")}}
+	for _, c := range []struct {
+		what         string
+		before, next *verdict.Packets
+		want         bool
+	}{
+		{"the same", to(one, two), to(one, two), false},
+		{"an endpoint more", to(two), to(one, two), false},
+		{"an endpoint less", to(one, two), to(two), true},
+		{"another endpoint", to(one), to(two), true},
+		{"a service less", to(one), none, true},
+		{"a service more, to which nothing went", none, to(one), false},
+		{"a service more, to which there may be flows", admitted, to(one), true},
+		{"no service", none, admitted, false},
+	} {
+		if got := Releads(c.before, c.next); got != c.want {
+			t.Errorf("%s: %v", c.what, got)
+		}
+		if c.want && Widens(c.before, c.next) {
+			t.Errorf("%s: nothing is to be forgotten", c.what)
+		}
 	}
 }
 

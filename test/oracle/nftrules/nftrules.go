@@ -24,8 +24,25 @@ type Packet struct {
 	Source, Dest     netip.Addr
 	SourcePort, Port uint16
 	In, Out          string // interface names
-	Mark, State      uint32 // of the socket; of conntrack (expr.CtStateBit…)
+	Mark             uint32 // of the socket
+	Flow             Flow
 }
+
+// Flow is what conntrack knows of the flow that a packet belongs to.
+type Flow struct {
+	Direction Direction
+	Mark      uint32
+}
+
+// Direction is that of a packet in its flow.
+type Direction uint8
+
+// Directions.
+const (
+	Original  Direction = iota // as the flow's first
+	Reply                      // back
+	Untracked                  // conntrack knows no flow
+)
 
 // Judge says whether the base chain of a hook accepts a packet.
 func Judge(rs *packet.Ruleset, hook *nftables.ChainHook, p Packet) (bool, error) {
@@ -134,10 +151,20 @@ func (m *machine) rule(exprs []expr.Any) (expr.Verdict, error) {
 			if e.Key == expr.CtKeyMARK && e.SourceRegister && e.Register == 1 {
 				continue // marks the flow, and decides nothing
 			}
-			if e.Key != expr.CtKeySTATE || e.SourceRegister || e.Register != 1 {
+			if e.SourceRegister || e.Register != 1 {
 				return goesOn, fmt.Errorf("ct %+v", e)
 			}
-			m.register = binary.NativeEndian.AppendUint32(nil, m.packet.State)
+			if m.packet.Flow.Direction == Untracked {
+				return goesOn, nil // NFT_BREAK
+			}
+			switch e.Key {
+			case expr.CtKeyDIRECTION:
+				m.register = []byte{byte(m.packet.Flow.Direction)} // IP_CT_DIR_ORIGINAL, IP_CT_DIR_REPLY
+			case expr.CtKeyMARK:
+				m.register = binary.NativeEndian.AppendUint32(nil, m.packet.Flow.Mark)
+			default:
+				return goesOn, fmt.Errorf("ct %+v", e)
+			}
 		case *expr.Bitwise:
 			if e.SourceRegister != 1 || e.DestRegister != 1 || int(e.Len) != len(m.register) || len(e.Mask) != len(m.register) || len(e.Xor) != len(m.register) {
 				return goesOn, fmt.Errorf("bitwise %+v on %d octets", e, len(m.register))
