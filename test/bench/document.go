@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// document measures both shapes and writes what docs/performance.md shows: the tables, and a plot of how soon and one of how much.
+// document measures both shapes and writes what docs/performance.md shows: the tables, a plot of how soon and one of how much, and profiles.
 func document(ctx context.Context, o options, out io.Writer) error {
 	if err := os.MkdirAll(o.docs, 0o755); err != nil { //nolint:gosec // documentation
 		return err
@@ -51,7 +51,10 @@ func document(ctx context.Context, o options, out io.Writer) error {
 			}
 		}
 	}
-	return os.WriteFile(filepath.Join(o.docs, "figures.md"), []byte(text.String()), 0o644) //nolint:gosec // documentation
+	if err := os.WriteFile(filepath.Join(o.docs, "figures.md"), []byte(text.String()), 0o644); err != nil { //nolint:gosec // documentation
+		return err
+	}
+	return keepProfiles(ctx, o)
 }
 
 type bar struct {
