@@ -2,6 +2,7 @@ package hammer
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,10 +14,11 @@ import (
 )
 
 // App is a server in a pod. Of each connection it reads one line, the nonce, notes it, answers "PORT NONCE", and from then on sends back
-// whatever it gets.
+// whatever it gets. Of each datagram it does the same, once.
 type App struct {
 	port      uint16
 	listeners []net.Listener
+	datagrams net.PacketConn
 	running   sync.WaitGroup
 
 	mu     sync.Mutex
@@ -37,8 +39,13 @@ func NewApp(pod *netns.Pod, port uint16) (*App, error) {
 	a := &App{port: port, seen: map[string]Visit{}, open: map[net.Conn]struct{}{}}
 	err := pod.Do(func() error {
 		l, err := net.Listen("tcp", fmt.Sprintf("[::]:%d", port)) //nolint:noctx // one literal address
-		if err == nil {
-			a.listeners = append(a.listeners, l)
+		if err != nil {
+			return err
+		}
+		a.listeners = append(a.listeners, l)
+		a.datagrams, err = net.ListenPacket("udp", fmt.Sprintf("[::]:%d", port)) //nolint:noctx // one literal address
+		if err != nil {
+			l.Close()
 		}
 		return err
 	})
@@ -48,8 +55,38 @@ func NewApp(pod *netns.Pod, port uint16) (*App, error) {
 	for _, l := range a.listeners {
 		a.running.Go(func() { a.accept(l) })
 	}
+	a.running.Go(a.receive)
 	return a, nil
 }
+
+// receive answers datagrams until the app ends.
+func (a *App) receive() {
+	buf := make([]byte, 64)
+	for {
+		n, from, err := a.datagrams.ReadFrom(buf)
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // of an answer that nobody took
+			continue
+		}
+		nonce := string(buf[:n])
+		a.mu.Lock()
+		if _, again := a.seen[nonce]; !again {
+			a.seen[nonce] = Visit{time.Now(), from.String()}
+		}
+		a.mu.Unlock()
+		_, _ = fmt.Fprintf(answer{a.datagrams, from}, "%d %s", a.port, nonce) // what does not arrive is for the client to notice
+	}
+}
+
+// answer writes datagrams to whoever sent one.
+type answer struct {
+	from net.PacketConn
+	to   net.Addr
+}
+
+func (w answer) Write(b []byte) (int, error) { return w.from.WriteTo(b, w.to) }
 
 func (a *App) accept(l net.Listener) {
 	for {
@@ -126,5 +163,6 @@ func (a *App) Close() {
 	for _, l := range a.listeners {
 		l.Close()
 	}
+	a.datagrams.Close()
 	a.running.Wait()
 }

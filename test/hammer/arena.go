@@ -3,6 +3,7 @@ package hammer
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -14,10 +15,10 @@ import (
 // Arena is a Siege of the servers of Contested by its Contestants.
 type Arena struct {
 	*Siege
-	History *Chronicle
-	Targets []Target
-	config  policy.Config
-	apps    []*App
+	History            *Chronicle
+	Targets, Datagrams []Target
+	config             policy.Config
+	apps               []*App
 }
 
 // Enter starts apps in the servers of a sandbox that runs Contested, perhaps with more, and has all Contestants try them without pause.
@@ -42,11 +43,10 @@ func Enter(s *sandbox.Sandbox, m *source.Manifests, config policy.Config) (_ *Ar
 			a.apps = append(a.apps, app)
 			key := fmt.Sprintf("%s:%d", name, port)
 			apps[key] = app
-			a.Targets = append(a.Targets, Target{Name: key, Pod: name, App: key, Addr: netip.AddrPortFrom(p.Spec().IPs[i], port)})
+			a.aim(name, key, netip.AddrPortFrom(p.Spec().IPs[i], port))
 		}
 	}
-	vip := netip.AddrPortFrom(netip.MustParseAddr(ContestedVIP), 80)
-	a.Targets = append(a.Targets, Target{Name: "shop/s1:8080", Pod: "shop/s1", App: "shop/s1:8080", Addr: vip})
+	a.aim("shop/s1", "shop/s1:8080", netip.AddrPortFrom(netip.MustParseAddr(ContestedVIP), 80))
 	first, err := a.Allows(m)
 	if err != nil {
 		return nil, err
@@ -63,8 +63,15 @@ func Enter(s *sandbox.Sandbox, m *source.Manifests, config policy.Config) (_ *Ar
 			pause = time.Millisecond
 		}
 		a.Join(p, a.Targets, pause)
+		a.Join(p, a.Datagrams, pause)
 	}
 	return a, nil
+}
+
+// aim makes an address of an app a target, for connections and for datagrams.
+func (a *Arena) aim(pod, app string, to netip.AddrPort) {
+	a.Targets = append(a.Targets, Target{Name: app, Pod: pod, App: app, Protocol: verdict.TCP, Addr: to})
+	a.Datagrams = append(a.Datagrams, Target{Name: app + "/UDP", Pod: pod, App: app, Protocol: verdict.UDP, Addr: to})
 }
 
 // Allows asks the evaluator about all Contestants and targets at once.
@@ -75,12 +82,12 @@ func (a *Arena) Allows(m *source.Manifests) (Allows, error) {
 	}
 	yes := map[string]bool{}
 	for _, p := range Contestants {
-		for _, to := range a.Targets {
-			d, ok := index.Destination(verdict.TCP, to.Addr)
+		for _, to := range slices.Concat(a.Targets, a.Datagrams) {
+			d, ok := index.Destination(to.Protocol, to.Addr)
 			if !ok || len(d.Endpoints) != 1 {
 				return nil, fmt.Errorf("%s is %+v, not one endpoint", to.Addr, d)
 			}
-			if index.Answer(p, verdict.TCP, d.Endpoints[0].Addr).Allowed {
+			if index.Answer(p, to.Protocol, d.Endpoints[0].Addr).Allowed {
 				yes[p+" "+to.Name] = true
 			}
 		}

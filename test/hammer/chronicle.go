@@ -101,6 +101,7 @@ type Tally struct {
 	Answered                int    // of all
 	Echoed                  uint64 // bytes of streams
 	Breaks, Excused         int    // of streams, and how many of those because an end was killed
+	Datagrams, Lost         int    // exchanges of datagrams among the attempts, and how many of those got no answer that they had to get
 	Wrong                   int
 	Complaints              []string // the first of them
 }
@@ -124,6 +125,8 @@ func (t *Tally) Add(o *Tally) {
 	t.Echoed += o.Echoed
 	t.Breaks += o.Breaks
 	t.Excused += o.Excused
+	t.Datagrams += o.Datagrams
+	t.Lost += o.Lost
 	t.Wrong += o.Wrong
 	t.Complaints = append(t.Complaints, o.Complaints[:min(len(o.Complaints), maxComplaints-min(maxComplaints, len(t.Complaints)))]...)
 }
@@ -131,6 +134,9 @@ func (t *Tally) Add(o *Tally) {
 func (t *Tally) String() string {
 	text := fmt.Sprintf("%d attempts: %d that had to be denied, %d that had to be answered, %d that could be either; %d answered; %d wrong",
 		t.Attempts, t.Denied, t.Allowed, t.Either, t.Answered, t.Wrong)
+	if t.Datagrams > 0 {
+		text += fmt.Sprintf("; %d of them datagrams, of which %d got no answer that they had to get", t.Datagrams, t.Lost)
+	}
 	if t.Echoed > 0 {
 		text += fmt.Sprintf("; streams: %d bytes came back as they were sent, %d breaks, %d of them where an end was killed", t.Echoed, t.Breaks, t.Excused)
 	}

@@ -12,14 +12,16 @@ import (
 	"time"
 
 	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/verdict"
 )
 
 // Target is an app as clients reach it.
 type Target struct {
-	Name string // what Allows is asked about; several targets may share one
-	Pod  string // whose app it is
-	App  string // key of the app among those of the Siege
-	Addr netip.AddrPort
+	Name     string // what Allows is asked about; several targets may share one
+	Pod      string // whose app it is
+	App      string // key of the app among those of the Siege
+	Protocol verdict.Protocol
+	Addr     netip.AddrPort
 }
 
 // Attempt is one connection that was tried.
@@ -42,10 +44,14 @@ const attemptPatience = 10 * time.Second
 
 var nonces atomic.Uint64
 
-// attempt tries one connection. It must run on a thread of the peer's network namespace.
-func attempt(peer string, to Target) Attempt {
+// attempt tries one connection, or one exchange of datagrams. It must run on a thread of the peer's network namespace.
+func attempt(peer string, to Target, open sockets) Attempt {
 	a := Attempt{Peer: peer, Target: to, Nonce: fmt.Sprintf("n%d", nonces.Add(1)), Began: time.Now()}
-	a.Answer, a.Err = ask(to.Addr, a.Nonce)
+	if to.Protocol == verdict.UDP {
+		a.Answer, a.Err = open.ask(to.Addr, a.Nonce)
+	} else {
+		a.Answer, a.Err = ask(to.Addr, a.Nonce)
+	}
 	a.Ended = time.Now()
 	return a
 }
@@ -83,6 +89,8 @@ type Siege struct {
 	seen    map[string]Visit // by app and nonce
 	silent  map[string]int   // by app
 	streams map[string]bool  // what streams have begun, by app and nonce
+	late    map[string]bool  // datagrams that may yet arrive and that are no wrong then, by app and nonce
+	mute    map[string]int   // exchanges of datagrams in a row that had to be answered and were not, by peer and target
 	breaks  []broken         // of streams, that nobody has judged
 	echoed  uint64           // bytes of streams that came back as they were sent, since the last Judge
 }
@@ -94,7 +102,8 @@ type span struct {
 
 // NewSiege returns a siege of apps that nobody takes part in yet.
 func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
-	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), count: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{}}
+	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), count: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{},
+		late: map[string]bool{}, mute: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -105,9 +114,11 @@ func (s *Siege) Join(pod *netns.Pod, targets []Target, pause time.Duration) {
 		err := pod.Do(func() error {
 			rest := time.NewTimer(pause)
 			defer rest.Stop()
+			open := sockets{}
+			defer open.close()
 			for i := 0; s.ctx.Err() == nil; i++ {
 				s.gate.RLock()
-				s.add(attempt(pod.Name(), targets[i%len(targets)]))
+				s.add(attempt(pod.Name(), targets[i%len(targets)], open))
 				s.gate.RUnlock()
 				rest.Reset(pause)
 				select {
@@ -218,8 +229,10 @@ func (s *Siege) Judge() *Tally {
 			t.complain("the app of %s accepted %d connections that nobody who was allowed to had begun", app, n)
 		}
 	}
-	for nonce := range s.streams {
-		delete(s.seen, nonce)
+	for _, known := range []map[string]bool{s.streams, s.late} {
+		for nonce := range known {
+			delete(s.seen, nonce)
+		}
 	}
 	for nonce, v := range s.seen {
 		t.complain("an app saw a connection that nobody had begun, at %s from %s: %q", clock(v.At), v.From, nonce)
@@ -241,17 +254,18 @@ func (s *Siege) judge(t *Tally, a *Attempt) {
 		t.Answered++
 	}
 	what := fmt.Sprintf("%s → %s (%s), %s to %s", a.Peer, a.Target.Name, a.Target.Addr, clock(a.Began), clock(ended))
-	verdict := s.chronicle.Judge(a.Peer, a.Target.Name, a.Began, ended)
+	v := s.chronicle.Judge(a.Peer, a.Target.Name, a.Began, ended)
 	switch {
 	case a.Answer != "" && !answered:
 		t.complain("%s: somebody else answered: %q", what, a.Answer)
 	case answered && !reached:
 		t.complain("%s: answered, and the app has not seen it", what)
 	}
-	if verdict != Denied && !answered && !reached && s.silent[a.Target.App] > 0 {
+	if a.Target.Protocol == verdict.TCP && v != Denied && !answered && !reached && s.silent[a.Target.App] > 0 {
 		s.silent[a.Target.App]-- // admitted by one lock, and not by the next
 	}
-	switch verdict {
+	s.missed(t, a, v, answered, what)
+	switch v {
 	case Denied:
 		t.Denied++
 		if answered || reached || a.Answer != "" {
@@ -259,11 +273,31 @@ func (s *Siege) judge(t *Tally, a *Attempt) {
 		}
 	case Allowed:
 		t.Allowed++
-		if !answered && !s.isExcused(a.Peer, a.Target.Pod, a.Began, ended) {
+		if a.Target.Protocol == verdict.TCP && !answered && !s.isExcused(a.Peer, a.Target.Pod, a.Began, ended) {
 			t.complain("%s: had to be answered and was not: %v (seen by the app: %v)", what, a.Err, reached)
 		}
 	case Either:
 		t.Either++
+	}
+}
+
+// missed is told of each exchange of datagrams. Some may be lost, many in a row may not.
+func (s *Siege) missed(t *Tally, a *Attempt, v Verdict, answered bool, what string) {
+	if a.Target.Protocol != verdict.UDP {
+		return
+	}
+	t.Datagrams++
+	if !answered && v != Denied {
+		s.late[a.Target.App+" "+a.Nonce] = true
+	}
+	key := a.Peer + " " + a.Target.Addr.String()
+	if answered || v != Allowed || s.isExcused(a.Peer, a.Target.Pod, a.Began, a.Ended) {
+		s.mute[key] = 0
+		return
+	}
+	t.Lost++
+	if s.mute[key]++; s.mute[key] == muteAtMost {
+		t.complain("%s: %d exchanges of datagrams in a row had to be answered and were not: %v", what, muteAtMost, a.Err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -38,7 +39,10 @@ const Contested = `
 apiVersion: v1
 kind: Service
 metadata: {name: s1, namespace: shop}
-spec: {selector: {app: s1}, clusterIP: ` + ContestedVIP + `, ports: [{port: 80, targetPort: 8080}]}
+spec:
+  selector: {app: s1}
+  clusterIP: ` + ContestedVIP + `
+  ports: [{name: tcp, port: 80, targetPort: 8080}, {name: udp, protocol: UDP, port: 80, targetPort: 8080}]
 `
 
 // Contest makes random states of policy between which:
@@ -53,15 +57,15 @@ type Contest struct {
 	rand *rand.Rand
 	n    int
 	// The present state.
-	extra, s2                      map[string][]int32 // who is admitted besides always, and to which ports
-	tilted                         bool               // seesaw's egress permits s1
-	aOut                           string             // to which server alone a may go; "": no egress policy
+	extra, s2                      map[string][]port // who is admitted besides always, and to which ports
+	tilted                         bool              // seesaw's egress permits s1
+	aOut                           string            // to which server alone a may go; "": no egress policy
 	s2Generation, alwaysGeneration int
 }
 
 // NewContest begins with a state in which nobody but always is admitted.
 func NewContest(r *rand.Rand) *Contest {
-	return &Contest{rand: r, extra: map[string][]int32{}, s2: map[string][]int32{}}
+	return &Contest{rand: r, extra: map[string][]port{}, s2: map[string][]port{}}
 }
 
 // Edit changes one or two things.
@@ -83,12 +87,20 @@ func (c *Contest) Edit() {
 	}
 }
 
-func (c *Contest) admitted() map[string][]int32 {
-	out := map[string][]int32{}
+// port is one that a policy names.
+type port struct {
+	number   int32
+	protocol corev1.Protocol
+}
+
+func (c *Contest) admitted() map[string][]port {
+	out := map[string][]port{}
 	for _, who := range []string{"a", "plain"} {
-		for _, port := range []int32{8080, 9090} {
-			if c.rand.IntN(2) == 0 {
-				out[who] = append(out[who], port)
+		for _, number := range []int32{8080, 9090} {
+			for _, protocol := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP} {
+				if c.rand.IntN(2) == 0 {
+					out[who] = append(out[who], port{number, protocol})
+				}
 			}
 		}
 	}
@@ -141,11 +153,10 @@ func egress(name, app string, to ...string) *networkingv1.NetworkPolicy {
 	return np
 }
 
-func admit(app string, ports ...int32) networkingv1.NetworkPolicyIngressRule {
+func admit(app string, ports ...port) networkingv1.NetworkPolicyIngressRule {
 	r := networkingv1.NetworkPolicyIngressRule{From: []networkingv1.NetworkPolicyPeer{{PodSelector: labelled(app), NamespaceSelector: &metav1.LabelSelector{}}}}
 	for _, p := range ports {
-		port := intstr.FromInt32(p)
-		r.Ports = append(r.Ports, networkingv1.NetworkPolicyPort{Port: &port})
+		r.Ports = append(r.Ports, networkingv1.NetworkPolicyPort{Port: new(intstr.FromInt32(p.number)), Protocol: &p.protocol})
 	}
 	return r
 }
