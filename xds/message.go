@@ -72,23 +72,20 @@ func accessLog(name string) []*accesslogv3.AccessLog {
 }
 
 // openLog tells the agent of connections as they begin, in time to cut one that was let pass a moment before policy changed. So nothing is
-// buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped. Their ends are in no hurry:
-// they go the way of the other logs, many in one message.
+// buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped. Their ends are in no hurry, and
+// the listener's own log tells of them, many in one message.
 func openLog(chain string) []*accesslogv3.AccessLog {
-	begun, ended := logConfig(names.LogOpen), logConfig(names.LogOpen)
-	begun.BufferSizeBytes = wrapperspb.UInt32(0)
-	ended.BufferFlushInterval = durationpb.New(flushAccessLog)
+	c := logConfig(names.LogOpen)
+	c.BufferSizeBytes = wrapperspb.UInt32(0)
 	always := ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways)
 	if chain == names.ChainNode {
 		always = literal(names.TagAlways, names.AlwaysAllowed)
 	}
-	for _, c := range []*grpclogv3.CommonGrpcAccessLogConfig{begun, ended} {
-		c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain), always)
-	}
-	return []*accesslogv3.AccessLog{
-		asLog(begun, accesslogdatav3.AccessLogType_TcpUpstreamConnected),
-		asLog(ended, accesslogdatav3.AccessLogType_TcpConnectionEnd),
-	}
+	c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain), always)
+	l := asLog(c)
+	l.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{
+		Types: []accesslogdatav3.AccessLogType{accesslogdatav3.AccessLogType_TcpUpstreamConnected}}}}
+	return []*accesslogv3.AccessLog{l}
 }
 
 func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
@@ -104,16 +101,11 @@ func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
 	}
 }
 
-// asLog makes a log of entries of some types; of all, where none is named.
-func asLog(c *grpclogv3.CommonGrpcAccessLogConfig, types ...accesslogdatav3.AccessLogType) *accesslogv3.AccessLog {
-	l := &accesslogv3.AccessLog{
+func asLog(c *grpclogv3.CommonGrpcAccessLogConfig) *accesslogv3.AccessLog {
+	return &accesslogv3.AccessLog{
 		Name:       c.LogName,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(&grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: c})},
 	}
-	if len(types) > 0 {
-		l.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{Types: types}}}
-	}
-	return l
 }
 
 func literal(tag, value string) *tracingv3.CustomTag {

@@ -31,8 +31,14 @@ type Connection struct {
 type Observer interface {
 	// Opened is called about a millisecond after the connection came about.
 	Opened(Connection)
-	// Closed is called when Envoy is done with it, up to 100 ms later; its sockets may stay a while longer, until what was sent has arrived.
-	Closed(Connection)
+	// Closed is called when Envoy is done with some, up to 100 ms later; their sockets may stay a while longer, until what was sent has arrived.
+	Closed([]End)
+}
+
+// End is the end of a connection that was told of, or is about to be.
+type End struct {
+	Began         time.Time
+	Local, Remote netip.AddrPort // as in Connection
 }
 
 // Observe has an Observer told of connections. Its methods are called by several goroutines; beginnings and ends come by streams of
@@ -44,14 +50,22 @@ func (r *Receiver) observe(e *accesslogv3.TCPAccessLogEntry) {
 	if r.observer == nil {
 		return
 	}
-	c := connectionOf(e)
-	if !c.Local.IsValid() || !c.Remote.IsValid() {
-		return // it never came about: only its end is logged
+	r.observer.Opened(connectionOf(e))
+}
+
+// observeEnds hands on the ends among records. Those that never came about have no end.
+func (r *Receiver) observeEnds(records []Record) {
+	if r.observer == nil {
+		return
 	}
-	if e.GetCommonProperties().GetAccessLogType() == accesslogv3.AccessLogType_TcpUpstreamConnected {
-		r.observer.Opened(c)
-	} else {
-		r.observer.Closed(c)
+	var ends []End
+	for i := range records {
+		if rec := &records[i]; rec.UpstreamLocal.IsValid() && rec.UpstreamRemote.IsValid() {
+			ends = append(ends, End{Began: rec.Time, Local: rec.UpstreamLocal, Remote: rec.UpstreamRemote})
+		}
+	}
+	if len(ends) > 0 {
+		r.observer.Closed(ends)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -18,12 +19,15 @@ import (
 )
 
 // notebook writes down what it is told.
-type notebook struct{ opened, closed []Connection }
+type notebook struct {
+	opened []Connection
+	closed []End
+}
 
 func (n *notebook) Opened(c Connection) { n.opened = append(n.opened, c) }
-func (n *notebook) Closed(c Connection) { n.closed = append(n.closed, c) }
+func (n *notebook) Closed(list []End)   { n.closed = append(n.closed, list...) }
 
-// Connections are told of when they begin and when they end, and none of it is a record: the end is in another log.
+// Connections are told of when they begin, and that is no record.
 func TestObserve(t *testing.T) {
 	began := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	common := func(cluster string, change func(*accesslogv3.AccessLogCommon)) *accesslogv3.AccessLogCommon {
@@ -66,12 +70,6 @@ func TestObserve(t *testing.T) {
 	add(common("od|10.0.0.2:80", tagged(map[string]string{names.TagPeer: peerID, names.TagProof: "-"})), want(Outbound, "od|10.0.0.2:80", peerID, false, false))
 	add(common("od|10.0.0.2:80", tagged(map[string]string{names.TagAlways: names.AlwaysAllowed})), want(Outbound, "od|10.0.0.2:80", "", false, true))
 	add(common(names.ClusterPassthrough, tagged(map[string]string{names.TagAlways: "-"})), want(Outbound, names.ClusterPassthrough, "", false, false))
-	end := common(names.ClusterPassthrough, func(c *accesslogv3.AccessLogCommon) { c.AccessLogType = accesslogv3.AccessLogType_TcpConnectionEnd })
-	failed := common(names.ClusterPassthrough, func(c *accesslogv3.AccessLogCommon) {
-		c.AccessLogType, c.UpstreamLocalAddress = accesslogv3.AccessLogType_TcpConnectionEnd, nil
-	})
-	entries = append(entries, &accesslogv3.TCPAccessLogEntry{CommonProperties: end}, &accesslogv3.TCPAccessLogEntry{CommonProperties: failed})
-
 	var out bytes.Buffer
 	var got notebook
 	r := New(&out, func() string { return "" }, slog.New(slog.DiscardHandler))
@@ -86,13 +84,57 @@ func TestObserve(t *testing.T) {
 	if diff := cmp.Diff(opened, got.opened, compare); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]Connection{want(Outbound, names.ClusterPassthrough, "", false, false)}, got.closed, compare); diff != "" {
-		t.Error(diff)
-	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	r.Run(ctx)
 	if out.Len() > 0 {
 		t.Errorf("records:\n%s", &out)
+	}
+}
+
+// Of their ends the logs tell that records are made of. What was handed to the gate has its end there, and what never came about has none.
+func TestObserveEnds(t *testing.T) {
+	began := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	var out bytes.Buffer
+	var got notebook
+	r := New(&out, func() string { return "" }, slog.New(slog.DiscardHandler))
+	r.Observe(&got)
+	entry := func(cluster string, local uint16) *accesslogv3.TCPAccessLogEntry {
+		c := &accesslogv3.AccessLogCommon{
+			StartTime: timestamppb.New(began), UpstreamCluster: cluster, AccessLogType: accesslogv3.AccessLogType_NotSet,
+			DownstreamRemoteAddress: socket("10.0.0.1:4000"), DownstreamLocalAddress: socket("10.0.0.2:80"),
+			UpstreamRemoteAddress: socket("10.0.0.2:8080"),
+		}
+		if local != 0 {
+			c.UpstreamLocalAddress = socket(netip.AddrPortFrom(netip.MustParseAddr("10.0.0.2"), local).String())
+		}
+		return &accesslogv3.TCPAccessLogEntry{CommonProperties: c}
+	}
+	for log, entries := range map[string][]*accesslogv3.TCPAccessLogEntry{
+		names.LogGate:     {entry(names.ClusterApp, 1), entry(names.ClusterApp, 0), entry(names.ClusterApp, 2)},
+		names.LogInbound:  {entry(names.ClusterToGate, 3), entry(names.ClusterApp, 4)},
+		names.LogOutbound: {entry("od|10.0.0.2:80", 5), entry(names.ClusterPassthrough, 6)},
+	} {
+		err := send(t, client(t, r), &servicev3.StreamAccessLogsMessage{
+			Identifier: &servicev3.StreamAccessLogsMessage_Identifier{LogName: log},
+			LogEntries: &servicev3.StreamAccessLogsMessage_TcpLogs{TcpLogs: &servicev3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: entries}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var ports []uint16
+	for _, e := range got.closed {
+		if !e.Began.Equal(began) || e.Remote != netip.MustParseAddrPort("10.0.0.2:8080") || e.Local.Addr() != netip.MustParseAddr("10.0.0.2") {
+			t.Errorf("%+v", e)
+		}
+		ports = append(ports, e.Local.Port())
+	}
+	slices.Sort(ports)
+	if want := []uint16{1, 2, 4, 5, 6}; !slices.Equal(ports, want) {
+		t.Errorf("ended %v, want %v", ports, want)
+	}
+	if len(got.opened) > 0 {
+		t.Errorf("opened %+v", got.opened)
 	}
 }

@@ -1,6 +1,6 @@
 // Package revoke cuts open connections that policy no longer allows, and only those.
 //
-//	Envoy ──names.LogOpen──► flows ──Opened, Closed──► table of open connections
+//	Envoy ──access logs──► flows ──Opened, Closed──► table of open connections
 //	                                                       │ each held against …
 //	control plane ──Verdicts──► verdicts.Holder ───────────┘ … the verdicts in force
 //	                                                       ▼ denied
@@ -32,7 +32,7 @@
 // destroyed by the kernel's cookie of the very socket: a port that was used again, or a listener on it, is another socket. Resetting both
 // tells either end at once, also one that does not read, and nobody takes the end for a complete transfer.
 //
-// Ends are told of up to 100 ms late, many in one message. Until then the table holds a connection that is gone, for which the kernel finds nothing;
+// Ends are told of up to 100 ms late, many in one message, by the log of the listener. Until then the table holds a connection that is gone, for which the kernel finds nothing;
 // for Envoy to have another one with the same addresses and ports by then, it would have to go through its whole range of ports in that time.
 // Where an end overtakes its beginning, the next audit forgets the connection.
 //

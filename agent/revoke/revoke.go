@@ -44,12 +44,11 @@ type Revoker struct {
 // connection is one in the table.
 type connection struct {
 	flows.Connection
-	id     spiffeid.ID // of the peer; zero: it has none
-	odd    string      // why it cannot be judged, or ""
-	told   time.Time   // when
-	closed bool        // Envoy is done with it, and what it sent is still on its way
-	cut    bool        // its sockets are being destroyed
-	waits  bool        // it is judged again in a moment
+	id    spiffeid.ID // of the peer; zero: it has none
+	odd   string      // why it cannot be judged, or ""
+	told  time.Time   // when
+	cut   bool        // its sockets are being destroyed
+	waits bool        // it is judged again in a moment
 }
 
 // New opens the kernel's interface in the network namespace of the calling thread.
@@ -95,22 +94,24 @@ func (r *Revoker) Opened(c flows.Connection) {
 	r.cut(denied)
 }
 
-// Closed implements flows.Observer. Of a connection whose last bytes are still on their way the table keeps hold.
-func (r *Revoker) Closed(c flows.Connection) {
-	key := ends{c.Local, c.Remote}
-	found, err := r.kernel.find([]ends{key})
+// Closed implements flows.Observer. Connections whose last bytes are still on their way stay in the table, until an audit finds them gone.
+func (r *Revoker) Closed(list []flows.End) {
+	keys := make([]ends, len(list))
+	for i, e := range list {
+		keys[i] = ends{e.Local, e.Remote}
+	}
+	found, err := r.kernel.find(keys)
 	if err != nil {
-		r.cfg.Logger.Error("revoke: a connection that has ended stays in the table until the next audit", "error", err)
+		r.cfg.Logger.Error("revoke: connections that have ended stay in the table until the next audit", "error", err)
+		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	n := r.open[key]
-	switch {
-	case n == nil || !n.Began.Equal(c.Began): // not told of its beginning, or its ports are used again
-	case err == nil && found[0] == nil:
-		delete(r.open, key)
-	default:
-		n.closed = true
+	for i, key := range keys {
+		n := r.open[key] // nil: not told of its beginning; another: its ports are used again
+		if found[i] == nil && n != nil && n.Began.Equal(list[i].Began) {
+			delete(r.open, key)
+		}
 	}
 }
 

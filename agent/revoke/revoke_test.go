@@ -178,10 +178,10 @@ func TestClosed(t *testing.T) {
 	}
 	p := connect(t, flows.Inbound, capture, app, api.String())
 	w.Opened(p.Connection)
-	before := p.Connection
+	end := func() flows.End { return flows.End{Began: p.Began, Local: p.Local, Remote: p.Remote} }
+	before := end()
 	before.Began = before.Began.Add(-time.Hour)
-	w.Closed(before)
-	w.Closed(p.Connection) // its sockets are still there
+	w.Closed([]flows.End{before, end()}) // its sockets are still there
 	if held() != 1 {
 		t.Fatalf("%d in the table of 1", held())
 	}
@@ -199,11 +199,19 @@ func TestClosed(t *testing.T) {
 	_ = p.app.Close()
 	_, _ = p.onward.Read(make([]byte, 1))
 	_ = p.onward.Close()
-	w.Closed(p.Connection)
+	before = end()
+	before.Began = before.Began.Add(-time.Hour)
+	w.Closed([]flows.End{before}) // of one that had the same ports
+	if held() != 1 {
+		t.Fatalf("%d in the table of 1", held())
+	}
+	other := end()
+	other.Local = netip.AddrPortFrom(other.Local.Addr(), 1) // that nobody told of
+	w.Closed([]flows.End{other, end()})
 	if held() != 0 {
 		t.Errorf("%d in the table after all have ended", held())
 	}
-	w.Closed(p.Connection) // its end comes by another stream, and may overtake its beginning
+	w.Closed([]flows.End{end()}) // its end comes by another stream, and may overtake its beginning
 	w.Opened(p.Connection)
 	if w.sweep(); held() != 1 || len(w.cutRecords()) != 1 {
 		t.Errorf("%d in the table, %d cut in all", held(), len(w.cutRecords()))

@@ -90,7 +90,7 @@ const (
 	LogInbound  = "inbound"  // connections that end before the gate: TLS failures, own node, capture port
 	LogOutbound = "outbound" // connections of this pod's apps
 	LogHold     = "hold"     // connections that were refused at their first packet, in both directions; of very many only some
-	LogOpen     = "open"     // what reaches an app or the outside, at once when it does, and again when it ends
+	LogOpen     = "open"     // what reaches an app or the outside, at once when it does; the others tell when it ends
 )
 
 // Custom tags of access log entries.
