@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/mantlet/mantlet/agent/envoy"
 	"github.com/mantlet/mantlet/agent/flows"
+	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/agent/revoke"
@@ -39,6 +39,11 @@ func prepare(cfg Config) (*agent, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
+	known := false
+	var err error
+	if cfg.user, known, err = cfg.envoyUser(); err != nil {
+		return nil, err
+	}
 	if cfg.Capture == CaptureNode {
 		return assemble(cfg, nil, nil)
 	}
@@ -50,7 +55,11 @@ func prepare(cfg Config) (*agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := shut(cfg.hold()); err != nil { // before the redirect: nothing is accepted here that is not known to be allowed
+	closed := hold.Shut // whoever is exempt in a hold that is there is somebody else
+	if known {
+		closed = shut
+	}
+	if err := closed(cfg.hold()); err != nil { // before the redirect: nothing is accepted here that is not known to be allowed
 		return nil, err
 	}
 	if err := redirect.Apply(); err != nil { // before all else: closed from here on
@@ -81,6 +90,7 @@ type agent struct {
 	readiness *readiness
 	held      held
 	stopping  chan struct{} // closed when the agent begins to stop
+	exempted  *signal       // given when the redirect lets the agent's connections pass
 
 	socket, statusSocket net.Listener
 }
@@ -88,20 +98,16 @@ type agent struct {
 // assemble makes the parts and their sockets; nothing runs yet. On error nothing is left open. Redirect and packets are those of this process;
 // the node has its own.
 func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *agent, err error) {
-	a := &agent{cfg: cfg, stopping: make(chan struct{})}
+	a := &agent{cfg: cfg, stopping: make(chan struct{}), exempted: newSignal()}
 	defer func() {
 		if err != nil {
 			a.closeFiles()
 		}
 	}()
-	uid := os.Geteuid() // Envoy's
-	if cfg.Exempt == envoy.OwnUser {
-		uid = names.ProxyUID
-	}
-	if a.held, err = holdPorts(uid, names.InboundPort, names.OutboundPort); err != nil {
+	if a.held, err = holdPorts(cfg.user, names.InboundPort, names.OutboundPort); err != nil {
 		return nil, err
 	}
-	if a.dir, err = openRunDir(cfg.RunDir, cfg.Exempt); err != nil {
+	if a.dir, err = openRunDir(cfg.RunDir, cfg.Exempt, cfg.user); err != nil {
 		return nil, err
 	}
 	if a.socket, err = a.dir.listen(AgentSocket(cfg.RunDir), 0o660, a.dir.gid); err != nil {
@@ -112,13 +118,13 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	}
 	a.source, err = svid.NewBuiltin(svid.BuiltinConfig{
 		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, Bundle: cfg.Bundle, Reread: cfg.Reread, Token: cfg.Token, Log: cfg.Logger,
-		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return cfg.dial()(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
+		DialContext: func(ctx context.Context, addr string) (net.Conn, error) { return a.dial(ctx, "tcp", addr) }, MaxAge: cfg.RenewAfter,
 	})
 	if err != nil {
 		return nil, err
 	}
 	a.upstream, err = relay.Upstream{
-		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, SVID: a.source, Bundle: a.source, Token: cfg.Token, DialContext: cfg.dial(),
+		Address: cfg.ControlPlane, TrustDomain: cfg.TrustDomain, SVID: a.source, Bundle: a.source, Token: cfg.Token, DialContext: a.dial,
 	}.Connect()
 	if err != nil {
 		return nil, err
@@ -138,10 +144,10 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	if err := a.watchConnections(); err != nil {
 		return nil, err
 	}
-	a.peer = newPeer(uid)
+	a.peer = newPeer(cfg.user)
 	a.envoy, err = envoy.New(envoy.Config{
 		Path: cfg.Envoy, Dir: EnvoyDir(cfg.RunDir), Pod: cfg.Pod, AgentSocket: AgentSocket(cfg.RunDir),
-		Privilege: cfg.Exempt, Concurrency: cfg.Concurrency, DrainTimeout: cfg.DrainTimeout, Output: cfg.EnvoyLog, Logger: cfg.Logger,
+		Privilege: cfg.Exempt, User: cfg.user, Concurrency: cfg.Concurrency, DrainTimeout: cfg.DrainTimeout, Output: cfg.EnvoyLog, Logger: cfg.Logger,
 		Started: a.peer.set,
 		Exited: func() {
 			a.peer.set(0)
@@ -166,7 +172,7 @@ func (a *agent) openKernel(redirect *netfilter.Redirect, packets *packets) error
 		if err != nil {
 			return err
 		}
-		a.kernel = newRemote(l, a.relay, a.verdicts, a.refused, a.cfg.Logger)
+		a.kernel = newRemote(l, a.relay, a.verdicts, a.refused, a.exempted.give, a.cfg.Logger)
 		return nil
 	}
 	held := a.cfg.hold()

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +15,7 @@ import (
 	"github.com/mantlet/mantlet/agent/envoy"
 	"github.com/mantlet/mantlet/agent/hold"
 	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Config is what an agent is told. All fields are required except where they say otherwise.
@@ -38,6 +38,7 @@ type Config struct {
 	EnvoyLog     io.Writer                          // Envoy's log; nil: thrown away
 	Logger       *slog.Logger
 
+	user     proxyuser.User     // as whom Envoy runs
 	tuneHold func(*hold.Config) // for tests that cannot wait for what is slow on purpose; nil: hold.Defaults
 }
 
@@ -113,27 +114,18 @@ func (c *Config) check() error {
 func (c *Config) redirect() (netfilter.Config, error) {
 	switch c.Exempt {
 	case envoy.OwnUser:
-		return netfilter.ByUser(), nil
+		return netfilter.ByUser(c.user), nil
 	case envoy.SharedUser:
 		return netfilter.ByMark(), nil
 	}
 	return netfilter.Config{}, fmt.Errorf("exempt %q: not %s or %s", string(c.Exempt), envoy.OwnUser, envoy.SharedUser)
 }
 
-// dial opens connections past the redirect.
-func (c *Config) dial() func(ctx context.Context, network, address string) (net.Conn, error) {
-	if c.Capture == CaptureNode { // whose user is exempt
-		d := net.Dialer{Resolver: &net.Resolver{PreferGo: true}}
-		return d.DialContext
-	}
-	return netfilter.Dial
-}
-
 // hold is the SYN hold's configuration, but for what the control plane says.
 func (c *Config) hold() hold.Config {
 	h := hold.Defaults()
-	if c.Exempt == envoy.SharedUser {
-		h.UIDs = nil // Envoy's sockets carry the mark
+	if c.Exempt == envoy.OwnUser { // else Envoy's sockets carry the mark
+		h.Users = []proxyuser.User{c.user}
 	}
 	if c.tuneHold != nil {
 		c.tuneHold(&h)

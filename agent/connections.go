@@ -9,7 +9,7 @@ import (
 
 // watchConnections has open connections held against the pod's verdicts.
 func (a *agent) watchConnections() (err error) {
-	owner := revoke.ByUser(names.ProxyUID)
+	owner := revoke.ByUser(a.cfg.user.UID)
 	if a.cfg.Exempt == envoy.SharedUser {
 		owner = revoke.ByMark(names.ProxyMark)
 	}

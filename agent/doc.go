@@ -1,5 +1,6 @@
 // Package agent is the process beside Envoy in a pod's sidecar: it wires the rooms below it and says when the pod is enforced.
 //
+//	0 whom the redirect exempts, as whom Envoy runs: who it was before in this pod, or somebody drawn at random
 //	1 netfilter: SYN hold shut, redirect in place ─ nothing listens yet: refused; packet policy in place ─ UDP and SCTP: dropped
 //	2 agent.sock: relay (ADS), sds, flows            control plane
 //	3 svid: key, CSR ───────────────────────────────────►│

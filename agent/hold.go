@@ -7,6 +7,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // held are sockets that keep ports for one user.
@@ -17,10 +19,10 @@ type held []int
 //
 // Without it an app could take a capture port while Envoy is away, and would get what is redirected there, past all policy. Where the
 // app is the same user as Envoy nothing can keep it from that.
-func holdPorts(uid int, ports ...uint16) (held, error) {
+func holdPorts(user proxyuser.User, ports ...uint16) (held, error) {
 	var h held
 	for _, port := range ports {
-		fd, err := holdPort(uid, port)
+		fd, err := holdPort(user, port)
 		if err != nil {
 			h.close()
 			if errors.Is(err, unix.EADDRINUSE) {
@@ -39,13 +41,13 @@ func (h held) close() {
 	}
 }
 
-func holdPort(uid int, port uint16) (fd int, err error) {
+func holdPort(user proxyuser.User, port uint16) (fd int, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, and its user with it
 		// A socket belongs to the user that its thread has for files at the time.
-		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETFSUID, uintptr(uid), 0, 0); errno != 0 {
+		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETFSUID, uintptr(user.UID), 0, 0); errno != 0 {
 			fd, err = -1, errno
 			return
 		}

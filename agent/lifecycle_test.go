@@ -80,6 +80,14 @@ func TestEnvoyDies(t *testing.T) {
 // killEnvoy kills the Envoy that the log tells of last.
 func killEnvoy(t *testing.T, w *world) {
 	t.Helper()
+	if err := syscall.Kill(w.envoyPID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// envoyPID is the Envoy that the log tells of last.
+func (w *world) envoyPID() int {
+	w.t.Helper()
 	text, _ := w.log.read()
 	_, after, ok := strings.Cut(text[strings.LastIndex(text, "envoy: started"):], "pid=")
 	pid := 0
@@ -90,11 +98,9 @@ func killEnvoy(t *testing.T, w *world) {
 		pid = 10*pid + int(c-'0')
 	}
 	if !ok || pid == 0 {
-		t.Fatal("no envoy in the log")
+		w.t.Fatal("no envoy in the log")
 	}
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	return pid
 }
 
 // An open connection may finish before the agent ends; nothing new begins.

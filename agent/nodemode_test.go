@@ -15,6 +15,7 @@ import (
 	"github.com/mantlet/mantlet/agent/flows"
 	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 	"github.com/mantlet/mantlet/xds/server"
 )
 
@@ -23,6 +24,7 @@ func TestNodeMode(t *testing.T) {
 	w := newNodeWorld(t)
 	w.app("[::]:8080")
 	echo(t, w.outside.Listen(t, "[::]:9090"))
+	echo(t, w.outside.Listen(t, "[::]:9091"))
 
 	out, err := w.cni("ADD")
 	if err != nil {
@@ -35,10 +37,11 @@ func TestNodeMode(t *testing.T) {
 	if leaves(t, "10.99.0.1:53") {
 		t.Error("UDP leaves a pod that was closed")
 	}
-	podtest.AsUser(names.ProxyUID, func() { // for its names
-		if !leaves(t, "10.99.0.1:53") {
-			t.Error("the sidecar's own UDP does not leave")
+	podtest.As(int(w.user.UID), int(w.user.GID), func() { // nobody can tell yet whom the sidecar runs as
+		if leaves(t, "10.99.0.1:53") {
+			t.Error("UDP of the user that will be the sidecar's leaves a pod that was closed")
 		}
+		w.refused("after the plugin, as who will be the sidecar's user")
 	})
 
 	w.startAgent()
@@ -54,6 +57,15 @@ func TestNodeMode(t *testing.T) {
 	w.ready()
 	t.Logf("ready %s after the daemon was started", time.Since(began).Round(time.Millisecond))
 	w.enforced("with a daemon")
+	if got := exempted(t); got != w.user {
+		t.Errorf("%s is exempt, and the sidecar is %s", got, w.user)
+	}
+	onlyExempt(t, "with a daemon", "10.99.0.1:9091", w.user)
+	podtest.As(int(w.user.UID), int(w.user.GID), func() { // for its names
+		if !leaves(t, "10.99.0.1:53") {
+			t.Error("the sidecar's own UDP does not leave")
+		}
+	})
 	r := w.record("the refused connection", func(r flows.Record) bool { return r.Log == names.LogHold && r.Destination.Port() == 9091 })
 	if r.Verdict != flows.Denied || r.Direction != flows.Outbound {
 		t.Errorf("record: %+v", r)
@@ -61,6 +73,7 @@ func TestNodeMode(t *testing.T) {
 
 	t.Run("a daemon that dies and comes back", func(t *testing.T) { w.restartDaemon(t) })
 	t.Run("an agent that dies and comes back", func(t *testing.T) { w.restartAgent(t) })
+	t.Run("an agent that comes back as somebody else", func(t *testing.T) { w.changeUser(t) })
 	t.Run("an app that is in the way", func(t *testing.T) { // of the socket it has no way to; of the ports the daemon's child has
 		podtest.AsUser(1234, func() {
 			if l, err := net.Listen("tcp", "127.0.0.1:15001"); err == nil {
@@ -186,6 +199,41 @@ func (w *nodeWorld) restartAgent(t *testing.T) {
 	w.startAgent()
 	w.ready()
 	w.enforced("with the next agent")
+}
+
+// changeUser has the agent come back as another user, which a container's restart never brings about: whoever that is, it is not let pass.
+func (w *nodeWorld) changeUser(t *testing.T) {
+	before := w.user
+	for _, other := range []proxyuser.User{{UID: before.UID + 1, GID: before.GID}, {UID: before.UID, GID: before.GID + 1}} {
+		w.agent.stop(t, unix.SIGKILL)
+		if err := os.RemoveAll(w.cfg.RunDir); err != nil { // what is there the other could not open
+			t.Fatal(err)
+		}
+		was, _ := w.log.read()
+		w.user = other
+		w.launchAgent()
+		// Of another user's agent and the daemon's child, which keeps the ports for the former, one comes too late. With another group both are there.
+		w.log.await(t, "refusal of "+other.String(), func(s string) bool {
+			s = s[len(was):]
+			return other.UID != before.UID && strings.Contains(s, "where the pod's traffic is redirected to, is taken by another process") ||
+				strings.Contains(s, "the pod's agent is "+other.String()+", and the redirect exempts "+before.String())
+		})
+		if err := Ready(t.Context(), w.cfg.RunDir, 0); err == nil {
+			t.Errorf("ready as %s", other)
+		}
+		if got := exempted(t); got != before {
+			t.Errorf("%s is exempt, not %s", got, before)
+		}
+		w.refused("as " + other.String())
+	}
+	w.agent.stop(t, unix.SIGKILL)
+	if err := os.RemoveAll(w.cfg.RunDir); err != nil {
+		t.Fatal(err)
+	}
+	w.user = before
+	w.startAgent()
+	w.ready()
+	w.enforced("as who it was")
 }
 
 // A sidecar of a pod that no plugin closed waits, and is found.

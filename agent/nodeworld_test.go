@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/podtest"
-	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // nodeWorld is a world whose agent is a process without privileges, as another user than the test's, with a node around it: the kubelet's
@@ -25,9 +25,10 @@ import (
 type nodeWorld struct {
 	*world
 	dir    string
-	binary string // mantlet-agent
-	volume string // the pod's, as the kubelet has it
-	netns  string // path of the pod's
+	binary string         // mantlet-agent
+	volume string         // the pod's, as the kubelet has it
+	netns  string         // path of the pod's
+	user   proxyuser.User // the pod's sidecar's, as its spec says
 	agent  *process
 	daemon *process
 }
@@ -52,7 +53,7 @@ func newNodeWorld(t *testing.T) *nodeWorld {
 	if podtest.SingleUser() {
 		t.Skip("node mode takes a user of its own for the sidecar, and this user namespace maps one user only: run the tests as root")
 	}
-	w := &nodeWorld{world: newWorld(t), dir: podtest.Dir(t)}
+	w := &nodeWorld{world: newWorld(t), dir: podtest.Dir(t), user: proxyuser.Pod.User(randomSeed())}
 	w.binary = filepath.Join(w.dir, "mantlet-agent")
 	text, err := built()
 	if err != nil {
@@ -162,10 +163,17 @@ func (p *process) stop(t *testing.T, signal syscall.Signal) {
 func (w *nodeWorld) startAgent() {
 	w.t.Helper()
 	before, _ := w.log.read()
+	w.launchAgent()
+	w.log.await(w.t, "start of envoy", func(s string) bool { return strings.Contains(s[len(before):], "envoy: started") })
+}
+
+// launchAgent does not wait for what becomes of it.
+func (w *nodeWorld) launchAgent() {
+	w.t.Helper()
 	cmd := exec.Command(w.binary, "run", "--pod", w.cfg.Pod, "--control-plane", w.cfg.ControlPlane, "--trust-domain", "td.example",
 		"--bundle", w.file("ca.crt"), "--token-file", w.file("token"), "--envoy", w.cfg.Envoy, "--run-dir", w.cfg.RunDir, "--capture", "node",
 		"--verbose", "--drain-timeout", "1s")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: names.ProxyUID, Gid: names.ProxyUID}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: w.user.UID, Gid: w.user.GID}}
 	cmd.Stdout, cmd.Stderr = w.flows, w.log
 	w.agent = start(w.t, cmd, func(f func()) {
 		podtest.OnThread(func() {
@@ -177,7 +185,6 @@ func (w *nodeWorld) startAgent() {
 			f()
 		})
 	})
-	w.log.await(w.t, "start of envoy", func(s string) bool { return strings.Contains(s[len(before):], "envoy: started") })
 }
 
 // startDaemon starts the node's daemon.

@@ -7,18 +7,19 @@ import (
 	"sync"
 
 	"github.com/mantlet/mantlet/agent/link"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // peer is the one process that may use the agent's socket.
 type peer struct {
-	uid int
+	user proxyuser.User
 
 	mu      sync.Mutex
 	pid     int // 0: none runs
 	changed chan struct{}
 }
 
-func newPeer(uid int) *peer { return &peer{uid: uid, changed: make(chan struct{})} }
+func newPeer(user proxyuser.User) *peer { return &peer{user: user, changed: make(chan struct{})} }
 
 // set names the process; 0 is for when it has gone.
 func (p *peer) set(pid int) {
@@ -43,8 +44,8 @@ func (p *peer) admit(conn net.Conn) error {
 		return err
 	}
 	pid, _ := p.get()
-	if pid == 0 || int(cred.Pid) != pid || int(cred.Uid) != p.uid {
-		return fmt.Errorf("process %d of user %d is not this agent's envoy (process %d of user %d)", cred.Pid, cred.Uid, pid, p.uid)
+	if pid == 0 || int(cred.Pid) != pid || cred.Uid != p.user.UID {
+		return fmt.Errorf("process %d of user %d is not this agent's envoy (process %d of user %d)", cred.Pid, cred.Uid, pid, p.user.UID)
 	}
 	return nil
 }

@@ -60,7 +60,7 @@ func (r *readiness) state() state {
 	if !s.configured {
 		return s
 	}
-	closed, err := notListening(r.envoy.uid, names.InboundPort, names.OutboundPort)
+	closed, err := notListening(int(r.envoy.user.UID), names.InboundPort, names.OutboundPort)
 	switch {
 	case err != nil:
 		s.missing = append(s.missing, err.Error())

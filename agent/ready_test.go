@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // parts are what readiness asks, as the test says.
@@ -69,7 +70,7 @@ func TestMissing(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
 	listen(t)
 	running := func(uid int) *peer {
-		p := newPeer(uid)
+		p := newPeer(proxyuser.User{UID: uint32(uid)})
 		p.set(1)
 		return p
 	}
@@ -126,7 +127,7 @@ func TestWaitForCertificate(t *testing.T) {
 	p := &parts{missing: map[string][]string{}, changed: make(chan struct{})}
 	held, asked := make(chan struct{}), make(chan struct{}, 1)
 	r := &readiness{
-		tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, envoy: newPeer(os.Getuid()),
+		tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, envoy: newPeer(proxyuser.User{UID: uint32(os.Getuid())}),
 		identity: func() (string, <-chan struct{}) {
 			select {
 			case <-held:
@@ -164,12 +165,12 @@ func TestWaitParameter(t *testing.T) {
 // The lines are of a real /proc/net/tcp6 and /proc/net/tcp.
 func TestListeners(t *testing.T) {
 	got := listeners([]byte(`  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 00000000000000000000000000000000:3A9E 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000 15150        0 2214 1 0000000000000000 100 0 0 10 0
+   0: 00000000000000000000000000000000:3A9E 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000 2012345678        0 2214 1 0000000000000000 100 0 0 10 0
    1: 00000000000000000000000001000000:3A99 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2215 1 0000000000000000 100 0 0 10 0
    2: 00000000000000000000000000000000:0016 00000000000000000000000000000000:0000 01 00000000:00000000 00:00000000 00000000     0        0 2216 1 0000000000000000 100 0 0 10 0
    3: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 2217 1 0000000000000000 100 0 0 10 0
 `))
-	want := []listener{{any: true, port: 15006, uid: 15150}, {any: false, port: 15001, uid: 0}, {any: true, port: 8080, uid: 1000}}
+	want := []listener{{any: true, port: 15006, uid: 2012345678}, {any: false, port: 15001, uid: 0}, {any: true, port: 8080, uid: 1000}}
 	if len(got) != len(want) {
 		t.Fatalf("%+v", got)
 	}

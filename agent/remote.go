@@ -29,6 +29,7 @@ type remote struct {
 	asker    destinations
 	verdicts *verdicts.Holder
 	refused  func(hold.Refusal)
+	exempted func() // told when a daemon has come and the redirect exempts the agent's user
 	attached func() // told of each daemon that has come; nil: nobody is
 	logger   *slog.Logger
 	done     chan struct{} // closed at the end
@@ -39,8 +40,8 @@ type remote struct {
 	peer *session // the daemon's child; nil: it is not there
 }
 
-func newRemote(l net.Listener, asker destinations, v *verdicts.Holder, refused func(hold.Refusal), logger *slog.Logger) *remote {
-	return &remote{listener: l, asker: asker, verdicts: v, refused: refused, logger: logger, done: make(chan struct{}),
+func newRemote(l net.Listener, asker destinations, v *verdicts.Holder, refused func(hold.Refusal), exempted func(), logger *slog.Logger) *remote {
+	return &remote{listener: l, asker: asker, verdicts: v, refused: refused, exempted: exempted, logger: logger, done: make(chan struct{}),
 		network: newStanding(func(b []byte) *mantletv1.AgentMessage {
 			return &mantletv1.AgentMessage{What: &mantletv1.AgentMessage_Network{Network: b}}
 		}),

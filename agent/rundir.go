@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/envoy"
-	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // runDir is the run directory while this agent has it to itself.
@@ -22,11 +22,11 @@ type runDir struct {
 }
 
 // openRunDir makes the directory, closes it to everybody but the agent's user and the proxy's group, and locks it.
-func openRunDir(path string, as envoy.Privilege) (*runDir, error) {
+func openRunDir(path string, as envoy.Privilege, user proxyuser.User) (*runDir, error) {
 	d := &runDir{path: path, gid: -1}
 	mode := os.FileMode(0o700)
 	if as == envoy.OwnUser {
-		d.gid, mode = names.ProxyUID, 0o710
+		d.gid, mode = int(user.GID), 0o710
 	}
 	if err := os.MkdirAll(path, mode); err != nil {
 		return nil, fmt.Errorf("run directory: %w", err)

@@ -50,6 +50,13 @@ func (s *session) run() {
 	for _, w := range []*standing{s.remote.network, s.remote.rules, s.remote.packets} {
 		told.Go(func() { w.tell(s) })
 	}
+	told.Go(func() {
+		// The daemon's child answers once the redirect exempts this agent. What it finds there is no matter here.
+		_, _ = s.ask(&mantletv1.AgentMessage{What: &mantletv1.AgentMessage_Check{Check: &mantletv1.NodeCheck{}}})
+		if s.ctx.Err() == nil {
+			s.remote.exempted()
+		}
+	})
 	if s.remote.attached != nil {
 		told.Go(s.remote.attached)
 	}

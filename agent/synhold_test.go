@@ -65,7 +65,6 @@ func newHeldPod(t *testing.T) *heldPod {
 		t.Fatal(err)
 	}
 	cfg := hold.Defaults()
-	cfg.UIDs = nil // the tests are the only user there is
 	v := verdicts.New()
 	p.synHold = newSynHold(cfg, p.asker, v, slog.New(slog.NewTextHandler(p.log, nil)))
 	if err := shut(cfg); err != nil {

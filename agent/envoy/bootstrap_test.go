@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // The bootstrap is made without Envoy's types; here they say whether it is one.
@@ -69,19 +70,22 @@ func TestBootstrapRefuses(t *testing.T) {
 
 func TestMapped(t *testing.T) {
 	for _, tt := range []struct {
-		text string
-		uid  uint64
-		want bool
+		text        string
+		pod, mapped bool
 	}{
-		{"         0          0 4294967295\n", 15150, true},
-		{"         0       1000          1\n", 15150, false},
-		{"         0       1000          1\n         1     100000      65536\n", 15150, true},
-		{"     15151          0         10\n", 15150, false},
-		{"     15150          0          1\n", 15150, true},
-		{"", 0, false},
+		{"         0          0 4294967295\n", true, true},
+		{"         0       1000          1\n", false, false},
+		{"         0     524288      65536\n", false, true}, // a pod with hostUsers: false
+		{"         0       1000          1\n         1     100000      65536\n", false, true},
+		{"     20001          0     100000\n", false, false},
+		{"     20000          0      40000\n", false, true},
+		{"     20000          0      39999\n", false, false},
+		{"     20000          0      20000\n     40000      20000      20000\n", false, false}, // that is no range
+		{"2000000000          0  134217728\n", true, false},
+		{"", false, false},
 	} {
-		if got := mapped(tt.text, tt.uid); got != tt.want {
-			t.Errorf("mapped(%q, %d) = %v", tt.text, tt.uid, got)
+		if pod, inPod := mapped(tt.text, proxyuser.Pod), mapped(tt.text, proxyuser.Mapped); pod != tt.pod || inPod != tt.mapped {
+			t.Errorf("%q: %t, %t, want %t, %t", tt.text, pod, inPod, tt.pod, tt.mapped)
 		}
 	}
 }

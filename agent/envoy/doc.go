@@ -14,7 +14,7 @@
 //
 // Envoy gets an empty environment, cannot gain privileges (no_new_privs) and dies with the agent, even if that is killed.
 //
-// [OwnUser]: it runs as names.ProxyUID without any capability. The redirect lets that user's connections pass.
+// [OwnUser]: it runs as a user that the agent has chosen for this pod, without any capability. The redirect lets that user's connections pass.
 //
 // [SharedUser]: where a user namespace maps one user only, there is no other user to be. Envoy then runs as the agent's user, with
 // its bounding set cut down to the one capability that lets it mark its connections (CAP_NET_RAW; before Linux 5.17

@@ -12,28 +12,29 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Privilege says as whom Envoy runs and so how the redirect tells its connections.
 type Privilege string
 
 const (
-	// OwnUser is names.ProxyUID without capabilities. It takes an agent that is root and a kernel that gives the pod that user.
+	// OwnUser is one of [Users] without capabilities. It takes an agent that is root and a kernel that gives the pod that user.
 	OwnUser Privilege = "uid"
 	// SharedUser is the agent's own user, with the capability to mark connections.
 	SharedUser Privilege = "mark"
-	// AgentUser is names.ProxyUID, as which the agent runs too, both without capabilities: the redirect exempts that user.
+	// AgentUser is the agent's own user, one of proxyuser.Pod, both without capabilities: the redirect exempts that user.
 	AgentUser Privilege = "agent"
 )
 
 // check fails where the kernel or the agent's user does not allow the privilege.
-func (p Privilege) check() error {
+func (p Privilege) check(user proxyuser.User) error {
 	switch p {
 	case SharedUser:
 		return nil
 	case AgentUser:
-		if os.Geteuid() != names.ProxyUID {
-			return fmt.Errorf("the agent is user %d, whose connections nothing exempts from the redirect; run it as user %d", os.Geteuid(), names.ProxyUID)
+		if !proxyuser.Pod.Has(user) {
+			return fmt.Errorf("the agent is %s, whose connections nothing exempts from the redirect; run it as one of %s, with a group of these", user, proxyuser.Pod)
 		}
 		return nil
 	case OwnUser:
@@ -41,23 +42,40 @@ func (p Privilege) check() error {
 		return fmt.Errorf("envoy privilege %q: not %s, %s or %s", string(p), OwnUser, SharedUser, AgentUser)
 	}
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("envoy is to run as user %d, which takes an agent that runs as root; run it so, or use --exempt mark", names.ProxyUID)
+		return errors.New("envoy is to run as a user of its own, which takes an agent that runs as root; run it so, or use --exempt mark")
 	}
-	text, err := os.ReadFile("/proc/self/uid_map")
-	if err != nil {
-		return fmt.Errorf("envoy privilege: %w", err)
+	users, err := Users()
+	if err == nil && !users.Has(user) {
+		err = fmt.Errorf("envoy is to run as %s: not of %s", user, users)
 	}
-	if !mapped(string(text), names.ProxyUID) {
-		return fmt.Errorf("envoy is to run as user %d, which this user namespace does not map; use --exempt mark", names.ProxyUID)
-	}
-	return nil
+	return err
 }
 
-// mapped reads the form of /proc/PID/uid_map (user_namespaces(7)): lines of first user inside, first user outside, length.
-func mapped(uidMap string, uid uint64) bool {
-	for line := range strings.Lines(uidMap) {
+// Users are those of which one may be Envoy's, for OwnUser: the first range that this process's user namespace has, users and groups.
+func Users() (proxyuser.Range, error) {
+	users, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		return proxyuser.Range{}, fmt.Errorf("envoy privilege: %w", err)
+	}
+	groups, err := os.ReadFile("/proc/self/gid_map")
+	if err != nil {
+		return proxyuser.Range{}, fmt.Errorf("envoy privilege: %w", err)
+	}
+	for _, r := range []proxyuser.Range{proxyuser.Pod, proxyuser.Mapped} {
+		if mapped(string(users), r) && mapped(string(groups), r) {
+			return r, nil
+		}
+	}
+	return proxyuser.Range{}, fmt.Errorf("envoy is to run as a user of its own, and this user namespace maps neither %s nor %s; use --exempt mark", proxyuser.Pod, proxyuser.Mapped)
+}
+
+// mapped reports whether a user namespace has all of a range. It reads the form of /proc/PID/uid_map and gid_map (user_namespaces(7)): lines of first
+// number inside, first outside, length.
+func mapped(idMap string, r proxyuser.Range) bool {
+	from, count := uint64(r.First), uint64(r.Count)
+	for line := range strings.Lines(idMap) {
 		var first, outside, length uint64
-		if _, err := fmt.Sscan(line, &first, &outside, &length); err == nil && first <= uid && uid-first < length {
+		if _, err := fmt.Sscan(line, &first, &outside, &length); err == nil && first <= from && from+count <= first+length {
 			return true
 		}
 	}
@@ -66,7 +84,7 @@ func mapped(uidMap string, uid uint64) bool {
 
 // prepare gives up, for the calling thread, what Envoy is not to have, and returns how to start it from there. The thread must be
 // locked and must not run anything else afterwards.
-func (p Privilege) prepare() (*syscall.SysProcAttr, error) {
+func (p Privilege) prepare(user proxyuser.User) (*syscall.SysProcAttr, error) {
 	attr := &syscall.SysProcAttr{
 		Pdeathsig: syscall.SIGKILL,
 		Setpgid:   true, // Ctrl-C in a terminal is the agent's to handle
@@ -74,7 +92,7 @@ func (p Privilege) prepare() (*syscall.SysProcAttr, error) {
 	var keep []uintptr
 	switch p {
 	case OwnUser:
-		attr.Credential = &syscall.Credential{Uid: names.ProxyUID, Gid: names.ProxyUID}
+		attr.Credential = &syscall.Credential{Uid: user.UID, Gid: user.GID}
 	case SharedUser:
 		c, err := markingCapability()
 		if err != nil {

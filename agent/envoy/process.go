@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Config says which Envoy to run and how.
@@ -24,9 +25,10 @@ type Config struct {
 	Pod          string // "namespace/name"
 	AgentSocket  string // path of the agent's unix socket
 	Privilege    Privilege
-	Concurrency  int           // worker threads, at least 1
-	DrainTimeout time.Duration // how long open connections may live on after the end was asked for
-	Output       io.Writer     // Envoy's log; an *os.File is handed to Envoy as it is
+	User         proxyuser.User // as whom Envoy runs
+	Concurrency  int            // worker threads, at least 1
+	DrainTimeout time.Duration  // how long open connections may live on after the end was asked for
+	Output       io.Writer      // Envoy's log; an *os.File is handed to Envoy as it is
 	Logger       *slog.Logger
 	// Started is told the pid of each Envoy before that can have connected to the agent's socket, Exited that it is gone. Neither
 	// may block.
@@ -54,7 +56,7 @@ func New(cfg Config) (*Process, error) {
 	if cfg.Concurrency < 1 {
 		return nil, fmt.Errorf("envoy concurrency %d: must be at least 1", cfg.Concurrency)
 	}
-	if err := cfg.Privilege.check(); err != nil {
+	if err := cfg.Privilege.check(cfg.User); err != nil {
 		return nil, err
 	}
 	path, err := exec.LookPath(cfg.Path)
@@ -90,7 +92,7 @@ func (p *Process) writeBootstrap() error {
 		return fmt.Errorf("envoy directory: %w", err)
 	}
 	if p.cfg.Privilege == OwnUser {
-		if err := os.Chown(p.cfg.Dir, names.ProxyUID, names.ProxyUID); err != nil {
+		if err := os.Chown(p.cfg.Dir, int(p.cfg.User.UID), int(p.cfg.User.GID)); err != nil {
 			return fmt.Errorf("envoy directory: %w", err)
 		}
 	}
@@ -152,7 +154,7 @@ func (p *Process) start() (*running, error) {
 	started := make(chan error)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		attr, err := p.cfg.Privilege.prepare()
+		attr, err := p.cfg.Privilege.prepare(p.cfg.User)
 		if err != nil {
 			started <- fmt.Errorf("start envoy: %w", err)
 			return

@@ -20,7 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/mantlet/mantlet/agent/podtest"
-	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // runAgent makes the test binary behave as an agent that runs Envoy and nothing else; the value is Envoy's folder.
@@ -81,7 +81,7 @@ func supervise(t *testing.T, as Privilege) *supervised {
 	var err error
 	s.Process, err = New(Config{
 		Path: podtest.Envoy(t), Dir: filepath.Join(dir, "envoy"), Pod: "shop/web-0", AgentSocket: filepath.Join(dir, "none.sock"),
-		Privilege: as, Concurrency: 1, DrainTimeout: time.Minute, Output: s.output, Logger: slog.New(slog.NewTextHandler(s.log, nil)),
+		Privilege: as, User: proxyuser.Pod.User(proxyuser.Seed{7: 1, 15: 2}), Concurrency: 1, DrainTimeout: time.Minute, Output: s.output, Logger: slog.New(slog.NewTextHandler(s.log, nil)),
 		Started: func(pid int) { s.pids <- pid }, Exited: func() {},
 	})
 	if err != nil {
@@ -154,10 +154,11 @@ func TestOwnUserHasNoPrivilege(t *testing.T) {
 	s := supervise(t, OwnUser)
 	pid := <-s.pids
 	s.live(t)
-	user := strings.TrimSpace(strings.Repeat(strconv.Itoa(names.ProxyUID)+" ", 4))
+	four := func(id uint32) string { return strings.TrimSpace(strings.Repeat(strconv.Itoa(int(id))+" ", 4)) }
+	user := s.cfg.User
 	f := facts(t, pid)
 	for key, want := range map[string]string{
-		"Uid": user, "Gid": user, "Groups": "", "NoNewPrivs": "1",
+		"Uid": four(user.UID), "Gid": four(user.GID), "Groups": "", "NoNewPrivs": "1",
 		"CapEff": "0000000000000000", "CapPrm": "0000000000000000", "CapInh": "0000000000000000", "CapAmb": "0000000000000000",
 		"CapBnd": "0000000000000000",
 	} {
@@ -173,8 +174,8 @@ func TestOwnUserHasNoPrivilege(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if st.Mode() != want || st.Sys().(*syscall.Stat_t).Uid != names.ProxyUID {
-			t.Errorf("%s: %s of user %d, want %s of user %d", st.Name(), st.Mode(), st.Sys().(*syscall.Stat_t).Uid, want, names.ProxyUID)
+		if st.Mode() != want || st.Sys().(*syscall.Stat_t).Uid != user.UID {
+			t.Errorf("%s: %s of user %d, want %s of user %d", st.Name(), st.Mode(), st.Sys().(*syscall.Stat_t).Uid, want, user.UID)
 		}
 	}
 }

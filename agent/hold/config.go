@@ -11,6 +11,7 @@ import (
 
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Mark is the mark of SYNs that are sent again.
@@ -31,9 +32,9 @@ type Config struct {
 	// External and Inbound are the pod's egress and ingress tables: their anonymous peers admit destinations, and sources, outside Cluster.
 	// The zero table admits none.
 	External, Inbound verdict.Table
-	// ProxyMark and UIDs exempt the agent's and Envoy's own connections, as they do in the redirect.
+	// ProxyMark and Users exempt the agent's and Envoy's own connections, as they do in the redirect.
 	ProxyMark uint32
-	UIDs      []uint32
+	Users     []proxyuser.User
 
 	Group        uint16        // of NFLOG, one listener each in a network namespace
 	Rate         uint32        // SYNs to unknown destinations a second (and at once) for each family; the kernel refuses more
@@ -59,10 +60,10 @@ type Refusal struct {
 	Inbound             bool // to the pod, not from it
 }
 
-// Defaults is the configuration for a pod of a cluster with these prefixes, whose Envoy runs as names.ProxyUID.
+// Defaults is the configuration for a pod of a cluster with these prefixes. It exempts no user.
 func Defaults(cluster ...netip.Prefix) Config {
 	return Config{
-		Cluster: cluster, ProxyMark: names.ProxyMark, UIDs: []uint32{names.ProxyUID}, Group: 15001,
+		Cluster: cluster, ProxyMark: names.ProxyMark, Group: 15001,
 		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 512, MaxHeld: 2048, MaxAllowed: 1024, MaxDenied: 2048, MaxOutside: 20_000,
 		Idle: 5 * time.Minute, ErrorTTL: 2 * time.Second,
 	}
@@ -78,7 +79,7 @@ func (c Config) check() error {
 		return errors.New("hold: a limit is 0, so that nothing could connect; start from Defaults")
 	case c.Patience <= 0 || c.Idle < time.Second || c.ErrorTTL < time.Millisecond:
 		return errors.New("hold: a duration is too short (patience above 0, idle from 1s, errors from 1ms); start from Defaults")
-	case slices.Contains(c.UIDs, uint32(os.Geteuid())):
+	case slices.Contains(c.Users, proxyuser.User{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}):
 		return fmt.Errorf("hold: the redirect exempts user %d, who is the agent's: SYNs that it sends again would pass by Envoy; run the agent as another user", os.Geteuid())
 	}
 	for _, p := range c.Cluster {

@@ -72,7 +72,7 @@ func newSets(c Config) (s [2]sets) {
 //	chain output { type filter hook output priority -150; policy accept;
 //		meta l4proto != tcp accept
 //		tcp flags & (syn | ack) != syn accept
-//		meta skuid 15150 accept
+//		meta skuid 2012345678 meta skgid 2087654321 accept
 //		meta mark 0x6d74 accept
 //		oifname "lo" accept
 //		tcp dport 15001 goto refuse   # Envoy's own port: nobody gets anywhere from there
@@ -108,8 +108,8 @@ func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
 	for _, chain := range []*netfilter.Chain{output, prerouting} {
 		chain.Rules = append(chain.Rules, rule(meta(expr.MetaKeyL4PROTO, expr.CmpOpNeq, []byte{unix.IPPROTO_TCP}), pass), rule(noSYN(), pass))
 	}
-	for _, uid := range c.UIDs {
-		output.Rules = append(output.Rules, rule(meta(expr.MetaKeySKUID, expr.CmpOpEq, binaryutil.NativeEndian.PutUint32(uid)), pass))
+	for _, u := range c.Users {
+		output.Rules = append(output.Rules, rule(netfilter.Is(u), pass))
 	}
 	lo := make([]byte, unix.IFNAMSIZ)
 	copy(lo, "lo")

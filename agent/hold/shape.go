@@ -50,7 +50,7 @@ func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
 }
 
 // Shut writes the table so that all of the app's connections are refused, and all from outside: for the time before a Holder can be opened. Of
-// the configuration only ProxyMark and UIDs count.
+// the configuration only ProxyMark and Users count.
 func Shut(c Config) error {
 	c.Cluster, c.Exempt, c.External, c.Inbound = nil, nil, verdict.Table{}, verdict.Table{}
 	s, err := newShape(c, newSets(c), slog.New(slog.DiscardHandler))

@@ -26,7 +26,9 @@
 // A connection that was reset is forgotten at once: the kernel would let the next one with the same addresses and ports take its way, and
 // the app and Envoy draw their ports from the same range (timeout.go).
 //
-// What else is exempt is so by what an app cannot have: the proxy's user, or a mark that takes CAP_NET_ADMIN or CAP_NET_RAW to set.
+// What else is exempt is so by what an app cannot have: the proxy's user and group, which are drawn for each pod (xds/proxyuser), or a mark that
+// takes CAP_NET_ADMIN or CAP_NET_RAW to set. The table also remembers that user ([Exempted]): whoever comes to the pod later, the next agent
+// or the node's next daemon, goes on with it.
 //
 // # The own node
 //

@@ -12,6 +12,7 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Config says where TCP is redirected to and whose connections are exempt.
@@ -20,25 +21,25 @@ type Config struct {
 	OutboundPort uint16 // where TCP that the pod's processes send goes
 	// Mark exempts connections whose socket carries it: the agent's own, and Envoy's where the kernel gives the pod one user only.
 	Mark uint32
-	// UIDs exempt the connections of these users. Users are those of the user namespace that owns the network namespace.
-	UIDs []uint32
+	// Users exempt the connections of whoever is both one of these users and of its group.
+	Users []proxyuser.User
 	// Node are addresses of the pod's own node, from which TCP is not redirected; see SetNode.
 	Node []netip.Addr
 	// Marked are users whose packets get Mark, so that whoever exempts the mark exempts them: for agents that may not set it.
-	Marked []uint32
+	Marked []proxyuser.User
 }
 
-// ByUser is the configuration for an Envoy that runs as names.ProxyUID.
-func ByUser() Config {
+// ByUser is the configuration for an Envoy that runs as a user.
+func ByUser(u proxyuser.User) Config {
 	c := ByMark()
-	c.UIDs = []uint32{names.ProxyUID}
+	c.Users = []proxyuser.User{u}
 	return c
 }
 
-// ByNode is the configuration for an Envoy and an agent that both run as names.ProxyUID, without privileges.
-func ByNode() Config {
-	c := ByUser()
-	c.Marked = c.UIDs
+// ByNode is the configuration for an Envoy and an agent that both run as a user, without privileges.
+func ByNode(u proxyuser.User) Config {
+	c := ByUser(u)
+	c.Marked = c.Users
 	return c
 }
 
@@ -68,7 +69,7 @@ func New(cfg Config, logger *slog.Logger) (*Redirect, error) {
 	case cfg.Mark == 0:
 		return nil, errors.New("redirect: mark 0 is the mark of every ordinary socket; choose another")
 	}
-	cfg.UIDs, cfg.Marked, cfg.Node = slices.Clone(cfg.UIDs), slices.Clone(cfg.Marked), slices.Clone(cfg.Node)
+	cfg.Users, cfg.Marked, cfg.Node = slices.Clone(cfg.Users), slices.Clone(cfg.Marked), slices.Clone(cfg.Node)
 	return &Redirect{cfg: cfg, logger: logger, conn: NewConn()}, nil
 }
 

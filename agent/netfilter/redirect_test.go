@@ -12,27 +12,32 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables/expr"
 	"go.uber.org/goleak"
 
 	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 func TestMain(m *testing.M) { os.Exit(podtest.Main(m)) }
 
-// proxyUID is a user that the tests can be: under one mapped user only root.
-func proxyUID() uint32 {
+// proxy is a user that the tests can be: under one mapped user only root.
+func proxy() proxyuser.User {
 	if podtest.SingleUser() {
-		return 0
+		return proxyuser.User{}
 	}
-	return names.ProxyUID
+	return proxyuser.Pod.User(proxyuser.Seed{7: 1, 15: 2})
 }
 
+// nobody is a user that the tests are not.
+var nobody = proxyuser.Pod.User(proxyuser.Seed{7: 3, 15: 4})
+
 // apply writes the table with the given exempt users and removes it after the test.
-func apply(t *testing.T, uids ...uint32) *Redirect {
+func apply(t *testing.T, users ...proxyuser.User) *Redirect {
 	t.Helper()
 	cfg := ByMark()
-	cfg.UIDs = uids
+	cfg.Users = users
 	r, err := New(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -104,7 +109,7 @@ func TestOutboundIsCaptured(t *testing.T) {
 			t.Fatalf("%s without a redirect: %q", target, got)
 		}
 	}
-	apply(t, names.ProxyUID)
+	apply(t, nobody)
 	for _, target := range targets {
 		if got := app(target); got != "refused" {
 			t.Errorf("%s while nobody listens on the capture port: %q, not refused", target, got)
@@ -148,14 +153,14 @@ func TestExemption(t *testing.T) {
 	listen(t, "[::]:15001", "captured")
 	targets := []string{"10.99.0.1:8080", "[fd99::1]:8080"}
 	asProxy := func(target string) (got string) {
-		podtest.AsUser(int(proxyUID()), func() { got = reach(t, net.Dialer{}, target) })
+		podtest.As(int(proxy().UID), int(proxy().GID), func() { got = reach(t, net.Dialer{}, target) })
 		return got
 	}
 	marked := func(target string) string { return reach(t, net.Dialer{Control: Exempt}, target) }
 	app := func(target string) string { return reach(t, net.Dialer{}, target) }
 
 	for _, target := range targets {
-		apply(t, proxyUID())
+		apply(t, proxy())
 		if got := asProxy(target); got != "outside" {
 			t.Errorf("%s as the exempt user: %q", target, got)
 		}
@@ -165,6 +170,14 @@ func TestExemption(t *testing.T) {
 		if !podtest.SingleUser() {
 			if got := app(target); got != "captured" {
 				t.Errorf("%s as another user: %q", target, got)
+			}
+			u := proxy()
+			for _, other := range []proxyuser.User{{UID: u.UID, GID: 0}, {UID: 0, GID: u.GID}, {UID: u.UID, GID: u.UID}, {UID: u.UID + 1, GID: u.GID}, {UID: u.UID, GID: u.GID + 1}, {UID: 15150, GID: 15150}, nobody} {
+				podtest.As(int(other.UID), int(other.GID), func() {
+					if got := app(target); got != "captured" {
+						t.Errorf("%s as %s, where %s is exempt: %q", target, other, u, got)
+					}
+				})
 			}
 		}
 		apply(t) // no user is exempt
@@ -209,7 +222,7 @@ func TestSelfIsDirect(t *testing.T) {
 	listen(t, "[::]:8080", "app")
 	listen(t, "[::]:15001", "captured")
 	listen(t, "[::]:15006", "captured")
-	apply(t, names.ProxyUID)
+	apply(t, nobody)
 	for _, target := range []string{"127.0.0.1:8080", "[::1]:8080", "10.99.0.2:8080", "[fd99::2]:8080"} {
 		if got := reach(t, net.Dialer{}, target); got != "app" {
 			t.Errorf("%s: %q, not the app itself", target, got)
@@ -322,4 +335,44 @@ func TestAckFirstDoesNotOpenAWay(t *testing.T) {
 			t.Errorf("behind a lone ACK: %q, not captured", got)
 		}
 	})
+}
+
+// The kernel remembers whom the table exempts, whatever else it holds; a table that exempts otherwise says nothing.
+func TestExempted(t *testing.T) {
+	want := func(when string, want *proxyuser.User) {
+		t.Helper()
+		got, err := Exempted()
+		if err != nil || (got == nil) != (want == nil) || got != nil && *got != *want {
+			t.Errorf("%s: %v, %v, want %v", when, got, err, want)
+		}
+	}
+	want("without a table", nil)
+	apply(t)
+	want("with exemption by mark only", nil)
+	apply(t, nobody)
+	want("with a user", &nobody)
+	cfg := ByNode(nobody)
+	cfg.Node = []netip.Addr{podtest.OutsideIPv4}
+	r, err := New(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := r.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	want("in node mode, with the node's addresses", &nobody)
+	by := func(e ...expr.Any) []expr.Any { return append(e, &expr.Verdict{Kind: expr.VerdictReturn}) }
+	for what, rule := range map[string][]expr.Any{
+		"the user alone":    by(Is(nobody)[:2]...),
+		"the group alone":   by(Is(nobody)[2:]...),
+		"another verdict":   append(Is(nobody), &expr.Verdict{Kind: expr.VerdictAccept}),
+		"users and marks":   returnIf(expr.MetaKeyMARK, []byte{1, 2, 3, 4}),
+		"groups for users":  by(append(Is(nobody)[2:], Is(nobody)[:2]...)...),
+		"a third condition": by(append(Is(nobody), returnIf(expr.MetaKeyMARK, []byte{1, 2, 3, 4})[:2]...)...),
+	} {
+		if got, err := exempts(rule); got != nil || err != nil {
+			t.Errorf("%s: %v, %v", what, got, err)
+		}
+	}
 }

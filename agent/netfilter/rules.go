@@ -5,10 +5,15 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
-// tableName is the table in the family inet.
-const tableName = "mantlet"
+// tableName is the table in the family inet, outputChain the chain that tells whose connections pass.
+const (
+	tableName   = "mantlet"
+	outputChain = "output"
+)
 
 func table() *nftables.Table {
 	return &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
@@ -18,7 +23,7 @@ func table() *nftables.Table {
 //
 //	ct timeout reset { protocol tcp; policy = { close: 0, … } }
 //	chain remember { type filter hook output priority -160; policy accept;
-//		meta skuid 15150 meta mark set 0x6d74   # Marked
+//		meta skuid 2012345678 meta skgid 2087654321 meta mark set 0x6d74   # Marked
 //		meta l4proto tcp ct timeout set "reset"
 //	}
 //	chain prerouting { type nat hook prerouting priority -100; policy accept;
@@ -27,20 +32,20 @@ func table() *nftables.Table {
 //		meta l4proto tcp redirect to :15006
 //	}
 //	chain output { type nat hook output priority -100; policy accept;
-//		meta skuid 15150 return
+//		meta skuid 2012345678 meta skgid 2087654321 return   # Users
 //		meta mark 0x6d74 return
 //		oifname "lo" return
 //		meta l4proto tcp redirect to :15001
 //	}
 func (c Config) chains() []Chain {
 	var exempt [][]expr.Any
-	for _, uid := range c.UIDs {
-		exempt = append(exempt, returnIf(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uid)))
+	for _, u := range c.Users {
+		exempt = append(exempt, exemption(u))
 	}
 	exempt = append(exempt, returnIf(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(c.Mark)))
 	var remember [][]expr.Any
-	for _, uid := range c.Marked {
-		remember = append(remember, markIf(expr.MetaKeySKUID, binaryutil.NativeEndian.PutUint32(uid), c.Mark))
+	for _, u := range c.Marked {
+		remember = append(remember, markIf(u, c.Mark))
 	}
 	// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
 	direct := [][]expr.Any{returnIf(expr.MetaKeyIIFNAME, interfaceName("lo"))}
@@ -50,7 +55,7 @@ func (c Config) chains() []Chain {
 	return []Chain{
 		{rememberChain(), append(remember, forgetReset())},
 		{natChain("prerouting", nftables.ChainHookPrerouting), append(direct, redirectTCP(c.InboundPort))},
-		{natChain("output", nftables.ChainHookOutput), append(exempt,
+		{natChain(outputChain, nftables.ChainHookOutput), append(exempt,
 			returnIf(expr.MetaKeyOIFNAME, interfaceName("lo")),
 			redirectTCP(c.OutboundPort),
 		)},
@@ -64,6 +69,21 @@ func natChain(name string, hook *nftables.ChainHook) *nftables.Chain {
 	}
 }
 
+// Is matches packets of sockets that were made by a user with its group: what threads had for files at the time (fsuid, fsgid).
+func Is(u proxyuser.User) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(u.UID)},
+		&expr.Meta{Key: expr.MetaKeySKGID, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(u.GID)},
+	}
+}
+
+// exemption leaves the chain, and so a user's connections as they are.
+func exemption(u proxyuser.User) []expr.Any {
+	return append(Is(u), &expr.Verdict{Kind: expr.VerdictReturn})
+}
+
 // returnIf leaves the chain, and so the connection as it is, where a property of the packet has the given value.
 func returnIf(key expr.MetaKey, value []byte) []expr.Any {
 	return []expr.Any{
@@ -73,14 +93,11 @@ func returnIf(key expr.MetaKey, value []byte) []expr.Any {
 	}
 }
 
-// markIf gives a packet a mark where a property of it has the given value.
-func markIf(key expr.MetaKey, value []byte, mark uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: value},
+// markIf gives a user's packets a mark.
+func markIf(u proxyuser.User, mark uint32) []expr.Any {
+	return append(Is(u),
 		&expr.Immediate{Register: 1, Data: binaryutil.NativeEndian.PutUint32(mark)},
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
-	}
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1})
 }
 
 // redirectTCP sends TCP to a port of this network namespace.

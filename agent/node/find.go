@@ -4,20 +4,17 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/mantlet/mantlet/agent/link"
 )
 
 // findByAgent finds the network namespace of a pod whose agent listens in its volume: the agent's own. The kernel says which process listens; that
 // it is one of the pod's is what its control group says, which the kubelet and the container runtime choose. An error that is os.ErrNotExist:
 // no agent listens.
 func findByAgent(uid, volume string) (pod, error) {
-	conn, err := connect(volume)
+	conn, cred, err := connect(volume)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		err = errors.Join(err, os.ErrNotExist)
 	}
@@ -25,10 +22,6 @@ func findByAgent(uid, volume string) (pod, error) {
 		return pod{}, err
 	}
 	defer conn.Close()
-	cred, err := link.Credentials(conn.(*net.UnixConn))
-	if err != nil {
-		return pod{}, err
-	}
 	pid := int(cred.Pid)
 	if pid == 0 {
 		return pod{}, errors.New("the agent's process is not seen here: the daemon needs hostPID")

@@ -18,7 +18,9 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 func write(t *testing.T, path, text string) string {
@@ -268,7 +270,22 @@ func TestConnectTrustsNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for name, c := range map[string]struct {
+	listens := func(as proxyuser.User) func(string) error {
+		return func(v string) error {
+			if err := errors.Join(os.Chmod(filepath.Dir(v), 0o755), os.Chmod(v, 0o755), os.Chmod(filepath.Join(v, "agent"), 0o777)); err != nil {
+				return err
+			}
+			var l net.Listener
+			var err error
+			podtest.As(int(as.UID), int(as.GID), func() { l, err = net.Listen("unix", filepath.Join(v, socketIn)) })
+			if err == nil {
+				t.Cleanup(func() { l.Close() })
+			}
+			return err
+		}
+	}
+	u := proxyuser.Pod.User(proxyuser.Seed{7: 1, 15: 2})
+	cases := map[string]struct {
 		make func(volume string) error
 		want string
 	}{
@@ -280,8 +297,29 @@ func TestConnectTrustsNothing(t *testing.T) {
 				t.Cleanup(func() { other.Close() })
 			}
 			return err
-		}, "listens on the agent's socket"},
-	} {
+		}, "user 0, group 0 listens on the agent's socket"},
+	}
+	if podtest.SingleUser() {
+		t.Log("this user namespace maps one user only: other users than root are not tried")
+	} else {
+		for _, other := range []proxyuser.User{{UID: 15150, GID: 15150}, {UID: u.UID, GID: 0}, {UID: 1000, GID: u.GID}, proxyuser.Mapped.User(proxyuser.Seed{}), {UID: proxyuser.Pod.First - 1, GID: u.GID}} {
+			want := other.String() + " listens on the agent's socket, and sidecars are of 2000000000–2134217727, both"
+			cases[other.String()] = struct {
+				make func(volume string) error
+				want string
+			}{listens(other), want}
+		}
+		volume := t.TempDir()
+		if err := errors.Join(os.Mkdir(filepath.Join(volume, "agent"), 0o755), listens(u)(volume)); err != nil {
+			t.Fatal(err)
+		}
+		conn, got, err := Await(t.Context(), volume)
+		if err != nil || got != u {
+			t.Fatalf("the agent's socket: %s, %v, want %s", got, err, u)
+		}
+		conn.Close()
+	}
+	for name, c := range cases {
 		volume := t.TempDir()
 		if err := os.Mkdir(filepath.Join(volume, "agent"), 0o755); err != nil {
 			t.Fatal(err)
@@ -289,7 +327,7 @@ func TestConnectTrustsNothing(t *testing.T) {
 		if err := c.make(volume); err != nil {
 			t.Fatal(err)
 		}
-		if conn, err := connect(volume); err == nil {
+		if conn, _, err := connect(volume); err == nil {
 			conn.Close()
 			t.Errorf("%s: connected", name)
 		} else if !strings.Contains(err.Error(), c.want) {
@@ -300,7 +338,7 @@ func TestConnectTrustsNothing(t *testing.T) {
 	if err := os.Symlink(filepath.Dir(elsewhere), filepath.Join(volume, "agent")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := connect(volume); err == nil || !strings.Contains(err.Error(), "too many levels") {
+	if _, _, err := connect(volume); err == nil || !strings.Contains(err.Error(), "too many levels") {
 		t.Errorf("link to a folder: %v", err)
 	}
 }

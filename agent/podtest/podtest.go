@@ -178,10 +178,16 @@ func OnThread(f func()) {
 	}
 }
 
-// AsUser runs f with the effective user uid. Only for tests that run as root of a machine.
-func AsUser(uid int, f func()) {
+// AsUser runs f with the effective user uid, and the group of the test. Only for tests that run as root of a machine.
+func AsUser(uid int, f func()) { As(uid, os.Getegid(), f) }
+
+// As runs f with the effective user uid and group gid. Only for tests that run as root of a machine, or for the only user that there is.
+func As(uid, gid int, f func()) {
 	OnThread(func() {
 		keep := ^uintptr(0)
+		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESGID, keep, uintptr(gid), keep); errno != 0 {
+			panic(fmt.Sprintf("podtest: become group %d: %v", gid, errno))
+		}
 		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, keep, uintptr(uid), keep); errno != 0 {
 			panic(fmt.Sprintf("podtest: become user %d: %v", uid, errno))
 		}

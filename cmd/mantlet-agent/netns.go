@@ -10,6 +10,7 @@ import (
 
 	"github.com/mantlet/mantlet/agent"
 	"github.com/mantlet/mantlet/agent/node"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // netnsCommand is what the node's daemon starts once for each pod, in the pod's network namespace.
@@ -22,7 +23,7 @@ func netnsCommand() *cobra.Command {
 		Hidden: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("pod", pod)
-			return agent.Enforce(cmd.Context(), func(ctx context.Context) (net.Conn, error) { return node.Await(ctx, volume) }, logger)
+			return agent.Enforce(cmd.Context(), func(ctx context.Context) (net.Conn, proxyuser.User, error) { return node.Await(ctx, volume) }, logger)
 		},
 	}
 	cmd.Flags().StringVar(&volume, "volume", "", "the folder of the pod's "+node.Volume+" volume on the node")

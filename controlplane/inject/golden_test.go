@@ -16,6 +16,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 var update = flag.Bool("update", false, "rewrite the wanted files of the goldens")
@@ -23,6 +25,9 @@ var update = flag.Bool("update", false, "rewrite the wanted files of the goldens
 func testConfig() Config {
 	return Config{Image: "registry.example/mantlet@sha256:0123", ControlPlane: "mantlet.mantlet-system.svc:15012", TrustDomain: spiffeid.RequireTrustDomainFromString("mantlet.local")}
 }
+
+// testSeed is that of the tests' pods.
+var testSeed = proxyuser.Seed{7: 1, 15: 2}
 
 // TestGolden holds a pod against what becomes of it. An archive's comment may hold lines `capture node`, `podSecurity ignored` and `default`;
 // its pod.yaml and namespace.yaml are the input, all other files are wanted: injected.yaml and patch, refused, left, warnings.
@@ -92,7 +97,7 @@ func render(t *testing.T, comment string, inputs []txtar.File) map[string]string
 		t.Fatalf("the pod's namespace is %q, and that of namespace.yaml %q", pod.Namespace, namespace.Name)
 	}
 	got := map[string]string{}
-	r, err := Inject(&pod, NamespaceOf(&namespace), cfg)
+	r, err := Inject(&pod, NamespaceOf(&namespace), cfg, testSeed)
 	if refusal := new(Refusal); errors.As(err, &refusal) {
 		got["refused"] = refusal.Error() + "\n"
 		return got

@@ -20,7 +20,7 @@ func TestHostPath(t *testing.T) {
 		"/var/lib/kubelet-backup": false, "/data/..app": false, "/run/containerd/../app": false,
 	} {
 		pod := &corev1.Pod{Spec: corev1.PodSpec{Volumes: []corev1.Volume{{Name: "a"}, {Name: "node", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: path}}}}}}
-		_, err := Inject(pod, shop, testConfig())
+		_, err := Inject(pod, shop, testConfig(), testSeed)
 		refusal := new(Refusal)
 		switch {
 		case !refused && err != nil, refused && !errors.As(err, &refusal):
@@ -30,7 +30,7 @@ func TestHostPath(t *testing.T) {
 		}
 		allows := shop
 		allows.Annotations = map[string]string{names.AllowAnnotation: "host-pid, host-path"}
-		if r, err := Inject(pod, allows, testConfig()); err != nil || len(r.Warnings) != 0 && strings.Contains(r.Warnings[0], "allows nothing") {
+		if r, err := Inject(pod, allows, testConfig(), testSeed); err != nil || len(r.Warnings) != 0 && strings.Contains(r.Warnings[0], "allows nothing") {
 			t.Errorf("%q, where the namespace allows it: %v %v", path, r.Warnings, err)
 		}
 	}

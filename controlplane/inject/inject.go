@@ -1,12 +1,14 @@
 package inject
 
 import (
+	"errors"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // Result is what became of a pod.
@@ -22,9 +24,17 @@ type Result struct {
 }
 
 // Inject gives a pod its sidecar. The pod may be one that the API server is about to store, or what a template makes; its namespace need
-// not be set. An error is a *Refusal, or says what is wrong with the configuration.
-func Inject(pod *corev1.Pod, ns Namespace, cfg Config) (Result, error) {
-	cfg, err := cfg.complete()
+// not be set. Of the seed the sidecar's user is made, also where the pod has a sidecar already: whoever wrote that would have chosen whom the redirect
+// exempts. It should be random; see [Seed] for one that is not. An error is a *Refusal, or says what is wrong with the configuration.
+func Inject(pod *corev1.Pod, ns Namespace, cfg Config, seed proxyuser.Seed) (Result, error) {
+	if seed == (proxyuser.Seed{}) {
+		return Result{}, errors.New("sidecar: no seed is given to draw its user by")
+	}
+	return cfg.inject(pod, ns, usersOf(pod).User(seed))
+}
+
+func (c Config) inject(pod *corev1.Pod, ns Namespace, user proxyuser.User) (Result, error) {
+	cfg, err := c.complete()
 	if err != nil {
 		return Result{}, err
 	}
@@ -49,6 +59,7 @@ func Inject(pod *corev1.Pod, ns Namespace, cfg Config) (Result, error) {
 	e := &edit{pod: pod.DeepCopy()}
 	container, volumes := cfg.sidecar(), cfg.volumes()
 	e.annotate(annotation{policy.SidecarAnnotation, policy.SidecarInjected}, annotation{names.InjectedAnnotation, hash(container, volumes)})
+	cfg.runAs(&container, user)
 	e.first(container)
 	e.mountable(volumes)
 	return Result{Pod: e.pod, Patch: e.ops, Warnings: warnings}, nil
@@ -64,9 +75,9 @@ func podName(pod *corev1.Pod, ns Namespace) string {
 }
 
 // Verify says what is wrong with a pod that is about to be stored as it is: other admission webhooks may have changed it after Inject
-// did. An error is a *Refusal, or says what is wrong with the configuration.
+// did. Which of the users that sidecars run as Inject has drawn nobody remembers: any of them passes. An error is a *Refusal, or says what is wrong with the configuration.
 func Verify(pod *corev1.Pod, ns Namespace, cfg Config) error {
-	got, err := Inject(pod, ns, cfg)
+	got, err := cfg.inject(pod, ns, userOf(pod))
 	if err != nil || got.Left != "" {
 		return err
 	}

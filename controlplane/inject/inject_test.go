@@ -54,7 +54,7 @@ func TestInjectProperties(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 0))
 		pod := randomPod(r)
 		before := pod.DeepCopy()
-		got, err := Inject(pod, shop, testConfig())
+		got, err := Inject(pod, shop, testConfig(), testSeed)
 		if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
@@ -76,11 +76,11 @@ func TestInjectProperties(t *testing.T) {
 		wantContainer(t, got.Pod)
 		checkPatch(t, seed, before, got)
 
-		same, err := Inject(pod, shop, testConfig())
+		same, err := Inject(pod, shop, testConfig(), testSeed)
 		if err != nil || !bytes.Equal(asJSON(t, same.Patch), asJSON(t, got.Patch)) {
 			t.Fatalf("seed %d: the same pod got another patch (%v)", seed, err)
 		}
-		again, err := Inject(got.Pod, shop, testConfig())
+		again, err := Inject(got.Pod, shop, testConfig(), testSeed)
 		if err != nil || len(again.Patch) != 0 || !bytes.Equal(asJSON(t, again.Pod), asJSON(t, got.Pod)) {
 			t.Fatalf("seed %d: injected again it changes: %v %s", seed, err, asJSON(t, again.Patch))
 		}
@@ -122,28 +122,28 @@ func checkPatch(t *testing.T, seed uint64, before *corev1.Pod, got Result) {
 // What the API server's own plugins add to the sidecar does not make it another, so that webhooks that are invoked again agree.
 func TestReinvocation(t *testing.T) {
 	pod := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}
-	first, err := Inject(pod, shop, testConfig())
+	first, err := Inject(pod, shop, testConfig(), testSeed)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := &first.Pod.Spec.InitContainers[0]
 	c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: "kube-api-access-abcde", ReadOnly: true, MountPath: serviceAccountDir})
 	c.Resources.Limits[corev1.ResourceCPU] = c.Resources.Requests[corev1.ResourceCPU]
-	second, err := Inject(first.Pod, shop, testConfig())
+	second, err := Inject(first.Pod, shop, testConfig(), testSeed)
 	if err != nil || len(second.Patch) != 0 {
 		t.Errorf("got %v and patch %s, want none", err, asJSON(t, second.Patch))
 	}
 	// Anything else does.
 	c.Image = "registry.example/other"
 	c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: "x", MountPath: "/x"})
-	third, err := Inject(first.Pod, shop, testConfig())
+	third, err := Inject(first.Pod, shop, testConfig(), testSeed)
 	if err != nil || len(third.Patch) != 1 || third.Patch[0].Path != "/spec/initContainers/0" {
 		t.Errorf("got %v and patch %s, want the sidecar replaced", err, asJSON(t, third.Patch))
 	}
 }
 
 func TestEphemeral(t *testing.T) {
-	injected, err := Inject(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}, shop, testConfig())
+	injected, err := Inject(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}, shop, testConfig(), testSeed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +223,7 @@ func TestRequiredOfOthers(t *testing.T) {
 	for name, spec := range map[string]corev1.PodSpec{"hostNetwork": {HostNetwork: true}, "Windows": {OS: &corev1.PodOS{Name: corev1.Windows}}} {
 		pod := &corev1.Pod{Spec: spec}
 		pod.Annotations = map[string]string{policy.InjectLabel: no}
-		r, err := Inject(pod, Namespace{Name: "shop", Labels: map[string]string{policy.InjectLabel: required}}, testConfig())
+		r, err := Inject(pod, Namespace{Name: "shop", Labels: map[string]string{policy.InjectLabel: required}}, testConfig(), testSeed)
 		if err != nil || r.Left == "" {
 			t.Errorf("%s: left %q, %v", name, r.Left, err)
 		}

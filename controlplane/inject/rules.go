@@ -10,6 +10,7 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	xdsnames "github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // mighty are capabilities with which a container can take the redirect away, or send past it.
@@ -93,8 +94,9 @@ func inspectContainer(pod *corev1.Pod, c *corev1.Container, at *field.Path, allo
 	if c.Name == names.Container {
 		refuse(at.Child("name"), "the name is the sidecar's", "give it another name")
 	}
-	if u := effectiveUser(pod, c); u != nil && *u == xdsnames.ProxyUID && !allowed[names.AllowProxyUser] {
-		refuse(at.Child("securityContext", "runAsUser"), fmt.Sprintf("user %d is the sidecar's, whose connections are not redirected", *u),
+	if u := effectiveUser(pod, c); u != nil && (proxyuser.Pod.HasID(*u) || usersOf(pod).HasID(*u)) && !allowed[names.AllowProxyUser] {
+		refuse(at.Child("securityContext", "runAsUser"),
+			fmt.Sprintf("user %d is one of those that sidecars run as (%s), and the pod's own sidecar's connections are not redirected", *u, usersOf(pod)),
 			orAllow("use another user", names.AllowProxyUser))
 	}
 	if s := c.SecurityContext; s != nil && !allowed[names.AllowCapabilities] {

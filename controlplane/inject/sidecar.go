@@ -15,7 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
-	xdsnames "github.com/mantlet/mantlet/xds/names"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // probeWait is how long one run of the startup probe waits for the agent. It ends as soon as the pod is enforced, so that the app
@@ -90,12 +90,40 @@ func (c Config) securityContext() *corev1.SecurityContext {
 		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
 	}
 	if c.Capture == CaptureNode {
-		s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = new(true), new(int64(xdsnames.ProxyUID)), new(int64(xdsnames.ProxyUID))
+		s.RunAsNonRoot = new(true) // as whom, runAs says
 		return s
 	}
 	s.RunAsNonRoot, s.RunAsUser, s.RunAsGroup = new(false), new(int64(0)), new(int64(0))
 	s.Capabilities.Add = []corev1.Capability{"CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_ADMIN", "NET_RAW", "SETGID", "SETUID"}
 	return s
+}
+
+// runAs gives a sidecar the user of its pod. One that captures traffic itself is root, and chooses as whom it runs Envoy.
+func (c Config) runAs(s *corev1.Container, u proxyuser.User) {
+	if c.Capture == CaptureNode {
+		s.SecurityContext.RunAsUser, s.SecurityContext.RunAsGroup = new(int64(u.UID)), new(int64(u.GID))
+	}
+}
+
+// usersOf are those of which one is that of a pod's sidecar, or of the Envoy that it starts.
+func usersOf(pod *corev1.Pod) proxyuser.Range {
+	if h := pod.Spec.HostUsers; h != nil && !*h {
+		return proxyuser.Mapped
+	}
+	return proxyuser.Pod
+}
+
+// userOf is as whom a pod's sidecar runs by the pod's spec, if that is as one of those that sidecars run as; else one of those, which the spec then does
+// not say.
+func userOf(pod *corev1.Pod) proxyuser.User {
+	users := usersOf(pod)
+	if i := sidecarIn(pod.Spec.InitContainers); i >= 0 {
+		s := pod.Spec.InitContainers[i].SecurityContext
+		if s != nil && s.RunAsUser != nil && s.RunAsGroup != nil && users.HasID(*s.RunAsUser) && users.HasID(*s.RunAsGroup) {
+			return proxyuser.User{UID: uint32(*s.RunAsUser), GID: uint32(*s.RunAsGroup)}
+		}
+	}
+	return proxyuser.User{UID: users.First, GID: users.First}
 }
 
 // volumes are those that the sidecar mounts.
@@ -114,7 +142,7 @@ func (c Config) volumes() []corev1.Volume {
 	}
 }
 
-// Hash is 16 hexadecimal digits that differ when what is injected does.
+// Hash is 16 hexadecimal digits that differ when what is injected does, but for the user.
 func (c Config) Hash() (string, error) {
 	c, err := c.complete()
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 
 // What webhooks that run after ours may do to a sidecar, and what not.
 func TestTampered(t *testing.T) {
-	injected, err := Inject(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}, shop, testConfig())
+	injected, err := Inject(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}, shop, testConfig(), testSeed)
 	if err != nil {
 		t.Fatal(err)
 	}

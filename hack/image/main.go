@@ -64,9 +64,10 @@ func (c contents) image() (v1.Image, error) {
 		base.folder(dir)
 	}
 	base["tmp"] = entry{mode: 0o1777}
-	const users = "root:x:0:0:root:/:/sbin/nologin\nmantlet-proxy:x:15150:15150:Envoy:/:/sbin/nologin\nnonroot:x:65532:65532:control plane:/:/sbin/nologin\n"
+	// Envoy, and in node mode the agent, are users that have no name: another one in each pod.
+	const users = "root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:control plane:/:/sbin/nologin\n"
 	base.add("etc/passwd", 0o644, []byte(users))
-	base.add("etc/group", 0o644, []byte("root:x:0:\nmantlet-proxy:x:15150:\nnonroot:x:65532:\n"))
+	base.add("etc/group", 0o644, []byte("root:x:0:\nnonroot:x:65532:\n"))
 	base.add("etc/nsswitch.conf", 0o644, []byte("hosts: files dns\n"))
 	libs, err := libraries(c.envoy)
 	if err != nil {

@@ -11,8 +11,6 @@ const (
 	FirstNodePort = 30000
 	// LastNodePort ends it.
 	LastNodePort = 32767
-	// ProxyUID is the user that Envoy runs as; its sockets are exempt from capture.
-	ProxyUID = 15150
 	// ProxyMark is the socket mark that exempts the agent's own connections from capture (and Envoy's, where the kernel gives
 	// the pod one uid only). Setting it takes CAP_NET_ADMIN or CAP_NET_RAW, which apps do not have.
 	ProxyMark = 0x6d74

@@ -217,7 +217,7 @@ func (r *run) object(o *object) {
 	if pod.Name == "" {
 		pod.Name = name
 	}
-	got, err := inject.Inject(&pod, ns, cfg)
+	got, err := inject.Inject(&pod, ns, cfg, inject.Seed(&pod, ns))
 	if refusal := new(inject.Refusal); errors.As(err, &refusal) {
 		for _, reason := range refusal.Reasons {
 			r.errs = append(r.errs, fmt.Errorf("%s: %s: %s", o.place(node), called, below(path, reason)))

@@ -86,7 +86,7 @@ const AllowAnnotation = "mantlet.dev/allow"
 const (
 	// AllowCapabilities: app containers with NET_ADMIN, NET_RAW or more, or privileged: they can take the redirect away.
 	AllowCapabilities = "capabilities"
-	// AllowProxyUser: app containers that run, or could run, as the proxy's user: the redirect lets them pass.
+	// AllowProxyUser: app containers that run as one of the users that sidecars run as: the redirect lets the pod's own sidecar's pass.
 	AllowProxyUser = "proxy-user"
 	// AllowHostPID: pods with hostPID.
 	AllowHostPID = "host-pid"

@@ -34,6 +34,7 @@ import (
 	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/install"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // patience bounds what a busy machine may take for the API server to hear of a change.
@@ -404,7 +405,7 @@ func testPodSecurity(t *testing.T, w *world) {
 		_, err := w.create(in, metav1.CreateOptions{}, func(p *corev1.Pod) {
 			restricted(p)
 			var r inject.Result
-			if r, injected = inject.Inject(p, inject.Namespace{Name: in}, cfg); injected == nil {
+			if r, injected = inject.Inject(p, inject.Namespace{Name: in}, cfg, proxyuser.Seed{1}); injected == nil {
 				*p = *r.Pod
 			}
 		})

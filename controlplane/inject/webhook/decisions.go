@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // pod reads a request's pod and the namespace that it is in.
@@ -41,7 +43,9 @@ func (s *Server) inject(r *http.Request, q *admissionv1.AdmissionRequest) (*admi
 	if err != nil {
 		return nil, err
 	}
-	got, err := inject.Inject(pod, ns, s.cfg)
+	var seed proxyuser.Seed
+	_, _ = rand.Read(seed[:]) // it never fails (crypto/rand)
+	got, err := inject.Inject(pod, ns, s.cfg, seed)
 	if refusal := new(inject.Refusal); errors.As(err, &refusal) {
 		s.log.Info("webhook: refused", "pod", refusal.Pod, "reasons", len(refusal.Reasons))
 		return refuse(refusal), nil

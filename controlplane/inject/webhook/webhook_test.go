@@ -25,6 +25,7 @@ import (
 	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -115,6 +116,40 @@ func TestInject(t *testing.T) {
 	}
 	if _, answer := post(t, s, PathInject, "application/json", review(admissionv1.Create, "Pod", "shop", string(patched))); !answer.Allowed || answer.Patch != nil {
 		t.Errorf("again: %+v", answer)
+	}
+}
+
+// In node mode each pod gets a user of its own, also one that brings a sidecar with it: whoever wrote that has not chosen the user.
+func TestInjectDrawsUsers(t *testing.T) {
+	s, _ := newServer(t)
+	s.cfg.Capture = inject.CaptureNode
+	seen := map[proxyuser.User]bool{}
+	text := []byte(podText)
+	for range 8 {
+		_, answer := post(t, s, PathInject, "application/json", review(admissionv1.Create, "Pod", "shop", string(text)))
+		if !answer.Allowed {
+			t.Fatal(answer.Result.Message)
+		}
+		patch, err := jsonpatch.DecodePatch(answer.Patch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text, err = patch.Apply(text); err != nil { // the next round is asked about the pod with the user of this one
+			t.Fatal(err)
+		}
+		var pod corev1.Pod
+		if err := json.Unmarshal(text, &pod); err != nil {
+			t.Fatal(err)
+		}
+		c := pod.Spec.InitContainers[0].SecurityContext
+		u := proxyuser.User{UID: uint32(*c.RunAsUser), GID: uint32(*c.RunAsGroup)}
+		if !proxyuser.Pod.Has(u) || seen[u] {
+			t.Errorf("%s: seen before, or none of %s", u, proxyuser.Pod)
+		}
+		seen[u] = true
+		if _, answer := post(t, s, PathVerify, "application/json", review(admissionv1.Create, "Pod", "shop", string(text))); !answer.Allowed {
+			t.Errorf("verify: %s", answer.Result.Message)
+		}
 	}
 }
 
