@@ -29,6 +29,11 @@
 // plugin and no daemon, and with neither, a pod that has a sidecar for node capture starts no app; a pod without sidecar starts as ever. So whoever
 // removes Mantlet has pods made anew without sidecars first, and then the nodes cleaned: [Installation.Uninstall], in the daemon's place.
 //
+// # Whom it exempts
+//
+// A pod's sidecar is a user of its own, which its spec says and nobody could know when the pod's images were made (xds/proxyuser). The plugin exempts nobody. A
+// child exempts who listens on the agent's socket, as the kernel says, if that is of the users that only sidecars are; from then on nobody else in that pod.
+//
 // # What an agent may do
 //
 // The child treats its agent as hostile. It works in that pod's network namespace only, has no capabilities but NET_ADMIN, NET_RAW (re-sent SYNs),

@@ -35,7 +35,10 @@ func newInject() *cobra.Command {
 		Long: `Inject gives every Pod, and the pods of every Deployment, StatefulSet, DaemonSet, ReplicaSet, Job and CronJob of the manifests, the
 sidecar that the webhook would give them, and writes the manifests to standard output. Namespaces that are among the manifests count
 with their labels and annotations, as they would in the cluster; the pods of others are given a sidecar. Left out are pods with the
-annotation ` + policy.InjectLabel + `: "false", and those to which no policy applies. If one is refused nothing is written.`,
+annotation ` + policy.InjectLabel + `: "false", and those to which no policy applies. If one is refused nothing is written.
+
+The same manifests give the same text. With --capture node that holds for the sidecar's user, too, which is derived from namespace, name and containers
+of the workload: whoever knows these can compute whose connections pass by the sidecar. The webhook draws at random, also for pods injected so.`,
 		Example: "  mantlet inject -f shop/ --image registry.example/mantlet@sha256:… | kubectl apply -f -",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in.files = append(in.files, args...)

@@ -41,5 +41,8 @@
 // What cannot be seen in a pod: a container that runs as root with the capabilities that container runtimes give by default has NET_RAW, with
 // which Linux since 5.17 lets it set the proxy's mark, and SETUID, with which it becomes the proxy's user; either takes it past its own
 // sidecar. One that is not root comes to the same by a setuid file of root's, unless it says allowPrivilegeEscalation: false. Inject warns of both. Whether an
-// image has such a file, or one with the setuid bit of the proxy's user, is not seen. The destination's sidecar refuses such a connection all the same where it is strict, since it has no identity.
+// image has such a file is not seen. The destination's sidecar refuses such a connection all the same where it is strict, since it has no identity.
+//
+// Nor is it seen as whom an image says that it runs. As the proxy's user it cannot, for that is drawn for each pod: package proxyuser says against whom that
+// helps and against whom it does not. A container whose spec says runAsUser is that user whatever its image says, and Inject refuses those that sidecars are.
 package inject

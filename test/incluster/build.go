@@ -2,6 +2,7 @@ package incluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,9 +14,10 @@ import (
 
 // Images of a World, beside those that every cluster has.
 const (
-	Image  = "localhost/mantlet:test" // Mantlet's, as hack/image makes it
-	Client = "localhost/traffic:test" // cmd/traffic, whose arguments say what it does
-	Server = images.Agnhost           // serves its pod's name at /hostname with the arguments netexec, --http-port=8080
+	Image  = "localhost/mantlet:test"       // Mantlet's, as hack/image makes it
+	Client = "localhost/traffic:test"       // cmd/traffic, whose arguments say what it does
+	Claims = "localhost/traffic-15150:test" // Client as an image can be that names a user of sidecars, here the one that they all were once: USER 15150:15150
+	Server = images.Agnhost                 // serves its pod's name at /hostname with the arguments netexec, --http-port=8080
 )
 
 // build compiles Mantlet as `make build` does, so that what that made is taken from Go's cache, and returns the images' archives.
@@ -41,13 +43,15 @@ func build(ctx context.Context, directory string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	mantlet, client := filepath.Join(directory, "mantlet.tar"), filepath.Join(directory, "traffic.tar")
+	mantlet, client, claims := filepath.Join(directory, "mantlet.tar"), filepath.Join(directory, "traffic.tar"), filepath.Join(directory, "claims.tar")
 	image := images.Image{Name: Client, Files: map[string]string{"/traffic": filepath.Join(directory, "traffic")}, Entrypoint: []string{"/traffic"}}
-	return []string{mantlet, client}, together(
+	named := image
+	named.Name, named.User = Claims, "15150:15150"
+	return []string{mantlet, client, claims}, together(
 		func() error {
 			return gotool(ctx, root, "run", "./hack/image", "-bin", directory, "-envoy", envoy, "-name", Image, "-o", mantlet)
 		},
-		func() error { return image.Write(client) },
+		func() error { return errors.Join(image.Write(client), named.Write(claims)) },
 	)
 }
 

@@ -17,6 +17,9 @@ import (
 // that they were left out.
 const everything = "MANTLET_CLUSTER"
 
+// capture is the environment variable whose value "node" has the World installed in node mode. Not all tests go that way; TestImageThatNamesAUser does.
+const capture = "MANTLET_CLUSTER_CAPTURE"
+
 // world is what all tests share; nil with -short.
 var world *World
 
@@ -43,7 +46,11 @@ func run(m *testing.M) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(directory)) }()
 	began := time.Now()
-	world, err = Up(ctx, Options{Directory: directory, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
+	o := Options{Directory: directory, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	if c := os.Getenv(capture); c != "" {
+		o.Values = []string{"capture=" + c}
+	}
+	world, err = Up(ctx, o)
 	if err != nil {
 		return 1, err
 	}

@@ -87,7 +87,7 @@ func (p place) kubectl(args ...string) string {
 
 // shorthand is what manifests in the tests may say.
 var shorthand = strings.NewReplacer(
-	"SERVER", Server, "CLIENT", Client,
+	"SERVER", Server, "CLIENT", Client, "CLAIMS", Claims,
 	"SERVE", `image: "`+Server+`", args: [netexec, --http-port=8080], readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}`,
 )
 

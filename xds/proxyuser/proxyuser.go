@@ -3,9 +3,13 @@
 //
 //	seed, 16 bytes ──► Range.User ──► runAsUser and runAsGroup (node mode), or what the agent makes Envoy (sidecar mode)
 //
-// Both have to be right for a connection to pass. An image that says USER with one of either, or has a file with the setuid bit of a user, is right
-// by chance in one of 134 million pods, and has its group wrong then too. Files with the setgid bit are another matter than those with the setuid
-// bit: of each it would take the same number again, since who executes both kinds one after the other keeps what the first gave.
+// Both have to be right for a connection to pass, so an image that says USER, or has a file of a user and group with the setuid and setgid bits, is right
+// by chance in one of 2^54 pods. With many files it goes better: whoever executes a setuid file and then a setgid one has both. A million of each in
+// an image come to one pod in 18,000; allowPrivilegeEscalation: false in the pod's spec has neither bit count.
+//
+// Only who comes before the pod does not know. In the pod /proc/net/tcp tells, and in node mode the pod's spec. Root with CAP_SETUID can be that user then.
+// So can an image that is made after the pod and comes into it all the same: by a tag that is pulled again, as another image of a running pod, in a debugging
+// container; runAsUser in the spec of a container keeps any image from it.
 package proxyuser
 
 import (
