@@ -30,7 +30,7 @@ func Inject(pod *corev1.Pod, ns Namespace, cfg Config, seed proxyuser.Seed) (Res
 	if seed == (proxyuser.Seed{}) {
 		return Result{}, errors.New("sidecar: no seed is given to draw its user by")
 	}
-	return cfg.inject(pod, ns, usersOf(pod).User(seed))
+	return cfg.inject(pod, ns, proxyuser.Pod.User(seed))
 }
 
 func (c Config) inject(pod *corev1.Pod, ns Namespace, user proxyuser.User) (Result, error) {
@@ -51,6 +51,7 @@ func (c Config) inject(pod *corev1.Pod, ns Namespace, user proxyuser.User) (Resu
 	allowed, warnings := ns.allowed()
 	reasons := inspect(pod, allowed)
 	reasons = append(reasons, cfg.podSecurity(ns)...)
+	reasons = append(reasons, cfg.ownUsers(pod)...)
 	if len(reasons) > 0 {
 		return Result{}, &Refusal{Pod: podName(pod, ns), Reasons: reasons}
 	}

@@ -197,6 +197,16 @@ func (c Config) podSecurity(ns Namespace) []Reason {
 	}}
 }
 
+// ownUsers refuses pods in a user namespace of their own where the node captures: its daemon sees the sidecar as a user that is none of the pod's, and
+// would not let it pass, so that the pod would never start.
+func (c Config) ownUsers(pod *corev1.Pod) []Reason {
+	if c.Capture != CaptureNode || usersOf(pod) == proxyuser.Pod {
+		return nil
+	}
+	return []Reason{{Field: "spec.hostUsers", Text: "in node mode a pod with users of its own would not start: the node's daemon cannot tell its sidecar",
+		Hint: "remove it, or install Mantlet with capture=sidecar"}}
+}
+
 // defaultCapabilities warns of containers that may be root, or become it, with what container runtimes give by default. A container that is not root has
 // no capability at first. One that executes a setuid file of root's gets what its bounding set holds (capabilities(7)), which is what was not dropped;
 // allowPrivilegeEscalation: false (no_new_privs) has such files executed as any other.

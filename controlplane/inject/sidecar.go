@@ -105,7 +105,7 @@ func (c Config) runAs(s *corev1.Container, u proxyuser.User) {
 	}
 }
 
-// usersOf are those of which one is that of a pod's sidecar, or of the Envoy that it starts.
+// usersOf are those of which one is that of a pod's Envoy.
 func usersOf(pod *corev1.Pod) proxyuser.Range {
 	if h := pod.Spec.HostUsers; h != nil && !*h {
 		return proxyuser.Mapped
@@ -116,14 +116,13 @@ func usersOf(pod *corev1.Pod) proxyuser.Range {
 // userOf is as whom a pod's sidecar runs by the pod's spec, if that is as one of those that sidecars run as; else one of those, which the spec then does
 // not say.
 func userOf(pod *corev1.Pod) proxyuser.User {
-	users := usersOf(pod)
 	if i := sidecarIn(pod.Spec.InitContainers); i >= 0 {
 		s := pod.Spec.InitContainers[i].SecurityContext
-		if s != nil && s.RunAsUser != nil && s.RunAsGroup != nil && users.HasID(*s.RunAsUser) && users.HasID(*s.RunAsGroup) {
+		if s != nil && s.RunAsUser != nil && s.RunAsGroup != nil && proxyuser.Pod.HasID(*s.RunAsUser) && proxyuser.Pod.HasID(*s.RunAsGroup) {
 			return proxyuser.User{UID: uint32(*s.RunAsUser), GID: uint32(*s.RunAsGroup)}
 		}
 	}
-	return proxyuser.User{UID: users.First, GID: users.First}
+	return proxyuser.User{UID: proxyuser.Pod.First, GID: proxyuser.Pod.First}
 }
 
 // volumes are those that the sidecar mounts.

@@ -2,6 +2,7 @@ package manifests
 
 import (
 	"bytes"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -35,22 +36,52 @@ func TestKinds(t *testing.T) {
 		"Alias":       "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: a, annotations: &a {x: why}}\nspec: {template: {metadata: {annotations: *a}, spec: " + spec + "}}",
 		"Merge":       "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nx: &s " + spec + "\nspec:\n  <<: *s\n",
 	} {
-		once := injectText(t, name, text)
-		if n := bytes.Count(once, []byte("name: mantlet-proxy")); n != 1 {
-			t.Errorf("%s: %d sidecars in\n%s", name, n, once)
-		}
-		if twice := injectText(t, name, string(once)); !bytes.Equal(once, twice) {
-			t.Errorf("%s: injected again it is\n%s\nand not\n%s", name, twice, once)
-		}
-		if name == "Alias" && bytes.Count(once, []byte("mantlet.dev/sidecar")) != 1 {
-			t.Errorf("the object's own annotations have changed with the template's:\n%s", once)
+		for _, capture := range []inject.Capture{inject.CaptureSidecar, inject.CaptureNode} {
+			once := injectText(t, name, text, capture)
+			if n := bytes.Count(once, []byte("name: mantlet-proxy")); n != 1 {
+				t.Errorf("%s: %d sidecars in\n%s", name, n, once)
+			}
+			if same := injectText(t, name, text, capture); !bytes.Equal(once, same) {
+				t.Errorf("%s: once it is\n%s\nand then\n%s", name, once, same)
+			}
+			if twice := injectText(t, name, string(once), capture); !bytes.Equal(once, twice) {
+				t.Errorf("%s: injected again it is\n%s\nand not\n%s", name, twice, once)
+			}
+			if name == "Alias" && bytes.Count(once, []byte("mantlet.dev/sidecar")) != 1 {
+				t.Errorf("the object's own annotations have changed with the template's:\n%s", once)
+			}
 		}
 	}
 }
 
-func injectText(t *testing.T, name, text string) []byte {
+// In node mode workloads have users of their own, by their names and what runs in them.
+func TestUsers(t *testing.T) {
+	line := regexp.MustCompile(`runAsUser: (2\d{9})\n`)
+	seen := map[string]string{}
+	for _, text := range []string{
+		`{apiVersion: v1, kind: Pod, metadata: {name: a}, spec: ` + spec + `}`,
+		`{apiVersion: v1, kind: Pod, metadata: {name: a, namespace: b}, spec: ` + spec + `}`,
+		`{apiVersion: apps/v1, kind: Deployment, metadata: {name: b}, spec: {template: {spec: ` + spec + `}}}`,
+		`{apiVersion: apps/v1, kind: Deployment, metadata: {name: c}, spec: {template: {spec: ` + spec + `}}}`,
+		`{apiVersion: apps/v1, kind: Deployment, metadata: {name: c}, spec: {template: {spec: ` + strings.Replace(spec, "image: x", "image: x2", 1) + `}}}`,
+	} {
+		user := line.FindSubmatch(injectText(t, text, text, inject.CaptureNode))
+		if user == nil {
+			t.Errorf("%s: the sidecar has no user", text)
+			continue
+		}
+		if as, ok := seen[string(user[1])]; ok {
+			t.Errorf("user %s is that of\n%s\nand of\n%s", user[1], as, text)
+		}
+		seen[string(user[1])] = text
+	}
+}
+
+func injectText(t *testing.T, name, text string, capture inject.Capture) []byte {
 	t.Helper()
-	r, err := Inject([]File{{Name: name, Text: []byte(text)}}, options())
+	o := options()
+	o.Config.Capture = capture
+	r, err := Inject([]File{{Name: name, Text: []byte(text)}}, o)
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
