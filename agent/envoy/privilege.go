@@ -66,7 +66,8 @@ func Users() (proxyuser.Range, error) {
 			return r, nil
 		}
 	}
-	return proxyuser.Range{}, fmt.Errorf("envoy is to run as a user of its own, and this user namespace maps neither %s nor %s; use --exempt mark", proxyuser.Pod, proxyuser.Mapped)
+	return proxyuser.Range{}, fmt.Errorf("envoy is to run as a user of its own, and this user namespace maps neither %s nor %s; use --exempt mark",
+		proxyuser.Pod, proxyuser.Mapped)
 }
 
 // mapped reports whether a user namespace has all of a range. It reads the form of /proc/PID/uid_map and gid_map (user_namespaces(7)): lines of first

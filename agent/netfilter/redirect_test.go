@@ -172,7 +172,10 @@ func TestExemption(t *testing.T) {
 				t.Errorf("%s as another user: %q", target, got)
 			}
 			u := proxy()
-			for _, other := range []proxyuser.User{{UID: u.UID, GID: 0}, {UID: 0, GID: u.GID}, {UID: u.UID, GID: u.UID}, {UID: u.UID + 1, GID: u.GID}, {UID: u.UID, GID: u.GID + 1}, {UID: 15150, GID: 15150}, nobody} {
+			for _, other := range []proxyuser.User{
+				{UID: u.UID, GID: 0}, {UID: 0, GID: u.GID}, {UID: u.UID, GID: u.UID}, {UID: u.UID + 1, GID: u.GID}, {UID: u.UID, GID: u.GID + 1},
+				{UID: 15150, GID: 15150}, nobody,
+			} {
 				podtest.As(int(other.UID), int(other.GID), func() {
 					if got := app(target); got != "captured" {
 						t.Errorf("%s as %s, where %s is exempt: %q", target, other, u, got)

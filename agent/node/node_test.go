@@ -302,7 +302,9 @@ func TestConnectTrustsNothing(t *testing.T) {
 	if podtest.SingleUser() {
 		t.Log("this user namespace maps one user only: other users than root are not tried")
 	} else {
-		for _, other := range []proxyuser.User{{UID: 15150, GID: 15150}, {UID: u.UID, GID: 0}, {UID: 1000, GID: u.GID}, proxyuser.Mapped.User(proxyuser.Seed{}), {UID: proxyuser.Pod.First - 1, GID: u.GID}} {
+		for _, other := range []proxyuser.User{
+			{UID: 15150, GID: 15150}, {UID: u.UID, GID: 0}, {UID: 1000, GID: u.GID}, {UID: proxyuser.Pod.First - 1, GID: u.GID}, proxyuser.Mapped.User(proxyuser.Seed{}),
+		} {
 			want := other.String() + " listens on the agent's socket, and sidecars are of 2000000000–2134217727, both"
 			cases[other.String()] = struct {
 				make func(volume string) error
