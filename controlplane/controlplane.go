@@ -218,12 +218,12 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 	errs = append(errs, cp.publishPackets(d.Packets))
 	for _, name := range d.Services {
 		cp.demand.collect(stale, serviceKey(name))
-		for _, a := range cp.index.ServiceAddrs(name) {
-			cp.demand.collect(stale, addrKey(a))
-		}
-		for _, port := range cp.index.NodePorts(name) {
-			cp.demand.collect(stale, nodePortKey(port))
-		}
+	}
+	for _, a := range d.Addrs {
+		cp.demand.collect(stale, addrKey(a))
+	}
+	for _, port := range d.NodePorts {
+		cp.demand.collect(stale, nodePortKey(port))
 	}
 	cp.refresh(stale)
 	cp.sweep(d.Gone)

@@ -46,7 +46,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		cp.demand.note(name, cp.restsOn(to))
 		cp.demand.changes[name] = cp.changes
 	}
-	if ok {
+	if ok && (len(endpoints) > 0 || !d.Outside) { // what policy denies outside has no cluster, as if nobody had it
 		cp.demand.known[name] = true
 	}
 	if !cp.demand.known[name] {
@@ -69,7 +69,7 @@ func (cp *ControlPlane) restsOn(to netip.AddrPort) []string {
 	}
 	for _, list := range [][]policy.Endpoint{whole.Endpoints, whole.Others} {
 		for _, e := range list {
-			keys = append(keys, addrKey(e.Addr.Addr())) // somebody else may come to have it
+			keys = append(keys, addrKey(e.Addr.Addr()), nodePortKey(e.Addr.Port())) // somebody else may come to have it
 			if e.Pod != "" {
 				keys = append(keys, podKey(e.Pod))
 			}

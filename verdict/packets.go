@@ -26,8 +26,8 @@ type Packets struct {
 	// (protocol, port) and sorted by protocol and first port.
 	Ingress []PacketBlock `json:"ingress"`
 	Egress  []PacketBlock `json:"egress"`
-	// Services are those that the pod may use, sorted by protocol, address and port. What it sends to one of them goes to an endpoint, and
-	// Egress decides on that; what it sends to any other cluster IP stays what it is, and Egress denies it.
+	// Services are those that the pod may use, and all that are to be had at nodes' addresses, sorted by protocol, address and port. What the pod sends
+	// to one of them goes to an endpoint, and Egress decides on that; what it sends to any other cluster IP stays what it is, and Egress denies it.
 	Services []PacketService `json:"services,omitempty"`
 }
 
@@ -45,12 +45,12 @@ type PacketPrefix struct {
 	Allow  bool         `json:"allow,omitempty"`
 }
 
-// PacketService says where what the pod sends to a port of a cluster IP goes.
+// PacketService says where what the pod sends to a port of a cluster IP, or to a node port, goes.
 type PacketService struct {
 	Protocol Protocol       `json:"protocol"` // UDP or SCTP
 	Addr     netip.AddrPort `json:"addr"`
-	// Endpoints are those that the policies of both ends admit: sorted, at least one, of the family of Addr. Each flow goes to one of them, at
-	// random; where a client is to stay with one there is only that one.
+	// Endpoints are those that the policies of both ends admit: sorted, of the family of Addr. Each flow goes to one of them, at random; where a
+	// client is to stay with one there is only that one. Without any what the pod sends there is refused.
 	Endpoints []netip.AddrPort `json:"endpoints"`
 }
 
@@ -151,8 +151,6 @@ func (s *PacketService) validate() error {
 		return fmt.Errorf("%s is not decided by address", s.Protocol)
 	case !ordinary(s.Addr.Addr()) || s.Addr.Port() == 0:
 		return errors.New("is no address with a port")
-	case len(s.Endpoints) == 0:
-		return errors.New("has no endpoints")
 	}
 	for i, e := range s.Endpoints {
 		switch {

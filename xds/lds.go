@@ -73,8 +73,11 @@ func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	return l
 }
 
-// Outbound captures what the app sends. Inside the cluster networks, and at the node ports of the own node, each destination is a cluster
-// on demand; outside, the egress verdicts by address decide at accept.
+// Outbound captures what the app sends. Inside the cluster networks, and at ports of the range of node ports wherever they are, each destination is
+// a cluster on demand; for all else outside the egress verdicts by address decide at accept.
+//
+// Which addresses are nodes', and which of their ports are services', the control plane knows when it is asked. So no sidecar is told when a node or a
+// node port comes or goes but those that use it; the price is that a connection to such a port outside the cluster asks too.
 func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *listenerv3.Listener {
 	r := rendering{
 		address: destinationIP(),
@@ -89,7 +92,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		routes = append(routes, route{p, chain(names.ChainMesh), names.ChainMesh})
 	}
 	for _, a := range node {
-		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), ownNode(), names.ChainNode})
+		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), balanced(chain(names.ChainNode)), names.ChainNode})
 	}
 	l := capturing(names.Outbound, names.OutboundPort)
 	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
@@ -98,7 +101,7 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
 	// and again, for ever. The price: port 15001 of the outside cannot be reached.
 	l.FilterChainMatcher = exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{strconv.Itoa(names.OutboundPort): chain(names.ChainBlackhole)},
-		then(trie(destinationIP(), routes, r.table(&v.Egress))))
+		then(trie(destinationIP(), routes, balanced(r.table(&v.Egress)))))
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
@@ -109,15 +112,15 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	return l
 }
 
-// ownNode lets everything through to the pod's own node but connections to node ports: behind those the node balances, so that they are
-// destinations like cluster IPs, and policy speaks of their endpoints.
-func ownNode() *matcherv3.Matcher_OnMatch {
+// balanced takes connections to node ports out: behind those a node balances, so that they are destinations like cluster IPs, and policy speaks of
+// their endpoints. If the node did it the endpoint would see the node's address, which it always admits if it is on that node.
+func balanced(otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {
 	return then(&matcherv3.Matcher{
 		MatcherType: &matcherv3.Matcher_MatcherList_{MatcherList: &matcherv3.Matcher_MatcherList{Matchers: []*matcherv3.Matcher_MatcherList_FieldMatcher{{
 			Predicate: portIn([]verdict.PortRange{{First: names.FirstNodePort, Last: names.LastNodePort}}),
 			OnMatch:   chain(names.ChainMesh),
 		}}}},
-		OnNoMatch: chain(names.ChainNode),
+		OnNoMatch: otherwise,
 	})
 }
 

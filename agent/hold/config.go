@@ -25,9 +25,10 @@ type Asker interface {
 
 // Config says what is held and how much. Start from [Defaults].
 type Config struct {
-	// Cluster are the prefixes whose destinations are asked about: pods and Services. Everything else is external.
+	// Cluster are the prefixes whose destinations are asked about: pods and Services. Everything else is external, but for the range of node ports,
+	// which are asked about wherever they are.
 	Cluster []netip.Prefix
-	// Exempt are addresses that need no question: the pod's own node.
+	// Exempt are addresses whose other ports need no question: the pod's own node.
 	Exempt []netip.Addr
 	// External and Inbound are the pod's egress and ingress tables: their anonymous peers admit destinations, and sources, outside Cluster.
 	// The zero table admits none.

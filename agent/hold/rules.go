@@ -48,6 +48,9 @@ func familyOf(a netip.Addr) int {
 	return 1
 }
 
+// nodePorts are asked about wherever they are: at which addresses they are services' the control plane knows.
+var nodePorts = verdict.PortRange{First: names.FirstNodePort, Last: names.LastNodePort}
+
 // sets are the sets of one family that speak of destinations inside the cluster.
 type sets struct{ allowed, denied, used *nftables.Set }
 
@@ -76,6 +79,7 @@ func newSets(c Config) (s [2]sets) {
 //		meta mark 0x6d74 accept
 //		oifname "lo" accept
 //		tcp dport 15001 goto refuse   # Envoy's own port: nobody gets anywhere from there
+//		meta nfproto ipv4 tcp dport 30000-32767 goto cluster4
 //		ip daddr 192.0.2.10 accept
 //		ip daddr 10.0.0.0/8 goto cluster4
 //		goto external
@@ -118,15 +122,18 @@ func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
 		rule(meta(expr.MetaKeyOIFNAME, expr.CmpOpEq, lo), pass),
 		rule(toPorts(verdict.PortRange{First: names.OutboundPort, Last: names.OutboundPort}), refuse()))
 	prerouting.Rules = append(prerouting.Rules, rule(meta(expr.MetaKeyIIFNAME, expr.CmpOpEq, lo), pass))
+	var cluster []netfilter.Chain
+	for i, f := range families {
+		cluster = append(cluster, f.held(c, s[i], holding))
+		if len(c.Cluster) > 0 { // else all is to be refused, without a question
+			output.Rules = append(output.Rules, rule(f.is(), toPorts(nodePorts), jump(cluster[i].Chain)))
+		}
+	}
 	for _, a := range c.Exempt {
 		a = a.Unmap()
 		node := netip.PrefixFrom(a, a.BitLen())
 		output.Rules = append(output.Rules, rule(to(node), pass))
 		prerouting.Rules = append(prerouting.Rules, rule(from(node), pass))
-	}
-	var cluster []netfilter.Chain
-	for i, f := range families {
-		cluster = append(cluster, f.held(c, s[i], holding))
 	}
 	for _, p := range c.Cluster {
 		output.Rules = append(output.Rules, rule(to(p), jump(cluster[familyOf(p.Addr())].Chain)))

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -144,10 +145,12 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 	switch {
 	case src == dst:
 		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
-	case dst == nil && slices.Contains(src.hostIPs, addr):
-		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
 	case dst == nil && src.sidecar && x.services.owner(addr) != nil: // as an endpoint it would be balanced once more, past all policy
 		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}
+	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // so would this, and come from a node, which is admitted everywhere on it
+		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}
+	case dst == nil && slices.Contains(src.hostIPs, addr):
+		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
 	case dst == nil && src.sidecar && x.inPodNetwork(addr):
 		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + addr.String()}}
 	case !sourceAddr(src, addr).IsValid():

@@ -32,8 +32,11 @@ type Destination struct {
 	Endpoints []Endpoint
 	// Others are the service's remaining ones: not ready, or meant for clients on other nodes or in other zones.
 	Others []Endpoint
-	// Local says that the service has endpoints for clients on their own node only (internalTrafficPolicy: Local).
+	// Local says that the service has endpoints for one node only: that of the client (internalTrafficPolicy: Local), or that of the node port
+	// (externalTrafficPolicy: Local).
 	Local bool
+	// Outside says that the address is no pod's, no service's and not that of the client's node: Endpoints has it as it is, and ipBlocks judge it.
+	Outside bool
 	// Sticky says that all connections of a client go to one and the same endpoint (sessionAffinity: ClientIP); see Admitted.
 	Sticky bool
 }
@@ -44,59 +47,42 @@ func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destinat
 	return x.destination(proto, to, anywhereInCluster)
 }
 
-// DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in. To it an address of its own
-// node is a destination too: at a node port the service, else the node.
+// DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in. To it an address of a node, its own
+// or another, is a destination too: at a node port the service, else the node. So is every address outside the cluster, which stands for itself.
 func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
 	p := x.pods[client]
 	if p == nil {
 		return x.destination(proto, to, place{})
 	}
 	at := place{node: p.node, zone: x.zones[p.node]}
-	if d, ok := x.destination(proto, to, at); ok || !slices.Contains(p.hostIPs, to.Addr().Unmap()) {
-		return d, ok
-	}
-	if d, ok := x.atNodePort(proto, to, at); ok {
+	if d, ok := x.destination(proto, to, at); ok {
 		return d, true
 	}
-	return Destination{Protocol: proto, Endpoints: []Endpoint{{Addr: netip.AddrPortFrom(to.Addr().Unmap(), to.Port())}}}, true
+	addr := to.Addr().Unmap()
+	if node, ok := x.nodeAt(addr, p); ok {
+		if d, ok := x.atNodePort(proto, to, node, at); ok {
+			return d, true
+		}
+	}
+	own := slices.Contains(p.hostIPs, addr)
+	if !own && x.inside(addr) {
+		return Destination{}, false
+	}
+	return Destination{Protocol: proto, Outside: !own, Endpoints: []Endpoint{{Addr: netip.AddrPortFrom(addr, to.Port())}}}, true
 }
 
 // DestinationForAny holds all that DestinationFor may say to anybody: on what those answers rest.
 func (x *Index) DestinationForAny(proto verdict.Protocol, to netip.AddrPort) Destination {
 	d, ok := x.Destination(proto, to)
 	if !ok {
-		d, _ = x.atNodePort(proto, to, anywhereInCluster)
+		d, _ = x.atNodePort(proto, to, "", anywhereInCluster)
 	}
 	return d
 }
 
-// atNodePort is the service that a port of a node stands for.
-func (x *Index) atNodePort(proto verdict.Protocol, to netip.AddrPort, from place) (Destination, bool) {
-	v := newest(x.services.onNode[nodePort{proto, to.Port()}])
-	if v == nil {
-		return Destination{}, false
-	}
-	everywhere := *v // internalTrafficPolicy is about the cluster IP (core/v1 ServiceSpec)
-	everywhere.local = false
-	for _, p := range v.ports {
-		if p.onNode == to.Port() && p.protocol == proto {
-			return x.behind(&everywhere, p, to.Addr().Unmap().Is4(), from), true
-		}
-	}
-	return Destination{}, false
-}
-
-// NodePorts lists the ports of nodes at which a service ("namespace/name") is to be had.
-func (x *Index) NodePorts(service string) []uint16 {
-	var out []uint16
-	if v := x.services.byKey[service]; v != nil {
-		for _, p := range v.ports {
-			if p.onNode != 0 {
-				out = append(out, p.onNode)
-			}
-		}
-	}
-	return out
+// inside reports whether an address is of the ranges from which pods and services get theirs, or a service's.
+func (x *Index) inside(a netip.Addr) bool {
+	return x.inPodNetwork(a) || x.inServiceNetwork(a) || x.services.owner(a) != nil
 }
 
 func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from place) (Destination, bool) {
@@ -151,8 +137,9 @@ func stick(client netip.Addr, endpoints []Endpoint) Endpoint {
 
 // ServicePort is one port of a service as one pod may use it.
 type ServicePort struct {
-	Addr      netip.AddrPort   // cluster IP and port, or an address of the pod's node and a node port
+	Addr      netip.AddrPort   // cluster IP and port, or an address of a node and a node port
 	Endpoints []netip.AddrPort // where to send it, any of them; sorted. Empty: nowhere
+	AtNode    bool             // Addr is a node's
 }
 
 // ServicePorts lists what a client pod ("namespace/name") may use of the services' ports of a protocol, sorted by address: for
@@ -180,13 +167,7 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 		}
 	}
 	if p := x.pods[client]; p != nil {
-		for at := range x.services.onNode {
-			for _, addr := range p.hostIPs {
-				if at.protocol == proto {
-					add(netip.AddrPortFrom(addr, at.number))
-				}
-			}
-		}
+		out = append(out, x.nodePortsFor(p, proto)...)
 	}
 	slices.SortFunc(out, func(a, b ServicePort) int { return a.Addr.Compare(b.Addr) })
 	return out

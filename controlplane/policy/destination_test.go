@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -195,13 +196,25 @@ func TestStickyStays(t *testing.T) {
 	}
 }
 
-// TestNodePorts: at the client's own node a node port stands for the service, and every other port for the node.
+// TestNodePorts: at any node a node port stands for the service, every other port for the node; and so does any port where no node is.
 func TestNodePorts(t *testing.T) {
 	x := serviceWorld(t, ", type: NodePort, internalTrafficPolicy: Local", "{addresses: [10.64.0.10], nodeName: n1}, {addresses: [10.64.0.11], nodeName: n3}")
+	node := func(name string, addrs ...string) *corev1.Node {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}
+		for _, a := range append(addrs, name) { // NodeHostName is a name
+			n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Address: a})
+		}
+		return n
+	}
+	apply(t, x, node("n1", "192.0.2.1", "2001:db8::1"), node("n3", "192.0.2.3", "203.0.113.3"))
 	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api"}}
 	with := func(ports string) {
+		t.Helper()
 		read(t, "{type: NodePort, internalTrafficPolicy: Local, clusterIPs: [10.96.0.5], ports: ["+ports+"]}", &svc.Spec)
-		apply(t, x, svc)
+		d := apply(t, x, svc)
+		if !slices.Contains(d.NodePorts, uint16(svc.Spec.Ports[0].NodePort)) {
+			t.Errorf("node ports %v are named for %s", d.NodePorts, ports)
+		}
 	}
 	want := func(client, at, list string, known bool) {
 		t.Helper()
@@ -214,21 +227,80 @@ func TestNodePorts(t *testing.T) {
 	want("shop/on-n1", "10.64.0.1:30080", "10 11", true)
 	want("shop/on-n1", "10.64.0.1:30081", "1", true)
 	want("shop/on-n1", "10.64.0.1:80", "1", true)
-	want("shop/on-n1", "10.64.0.7:30080", "", false) // nobody's, and not the own node's
+	want("shop/on-n1", "10.64.0.7:30080", "", false) // nobody's, and no node's
 	want("shop/nobody", "10.64.0.1:30080", "", false)
-	if got := x.NodePorts("shop/api"); len(got) != 1 || got[0] != 30080 {
-		t.Errorf("node ports %v", got)
+	want("shop/on-n1", "192.0.2.3:30080", "10 11", true)
+	want("shop/on-n1", "203.0.113.3:30080", "10 11", true) // its external address
+	want("shop/on-n1", "192.0.2.3:30081", "3", true)
+	want("shop/on-n1", "192.0.2.9:30080", "9", true) // no node's
+	if d, _ := x.DestinationFor("shop/on-n1", verdict.TCP, netip.MustParseAddrPort("192.0.2.3:30081")); !d.Outside || d.Service != "" {
+		t.Errorf("another port of a node is %+v", d)
 	}
-	if got := fmt.Sprint(x.ServicePorts("shop/on-n1", verdict.TCP)); got != "[{10.64.0.1:30080 [10.64.0.10:8080 10.64.0.11:8080]} {10.96.0.5:80 [10.64.0.10:8080]}]" {
+	if got := fmt.Sprint(x.ServicePorts("shop/on-n1", verdict.TCP)); got != "[{10.64.0.1:30080 [10.64.0.10:8080 10.64.0.11:8080] true} {10.96.0.5:80 [10.64.0.10:8080] false} "+
+		"{192.0.2.1:30080 [10.64.0.10:8080 10.64.0.11:8080] true} {192.0.2.3:30080 [10.64.0.10:8080 10.64.0.11:8080] true} {203.0.113.3:30080 [10.64.0.10:8080 10.64.0.11:8080] true} "+
+		"{[2001:db8::1]:30080 [] true}]" {
 		t.Errorf("service ports %s", got)
 	}
 	with("{port: 80, protocol: TCP, nodePort: 30081}")
 	want("shop/on-n1", "10.64.0.1:30080", "1", true)
 	want("shop/on-n1", "10.64.0.1:30081", "10 11", true)
-	if _, err := x.Delete(svc); err != nil {
-		t.Fatal(err)
+	want("shop/on-n1", "192.0.2.3:30080", "3", true)
+
+	svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	apply(t, x, svc)
+	want("shop/on-n2", "192.0.2.3:30081", "11", true)
+	want("shop/on-n2", "192.0.2.1:30081", "10", true)
+	want("shop/on-n2", "10.64.0.1:30081", "", true) // its own node, which has none
+	want("shop/on-n1", "10.64.0.1:30081", "10", true)
+	if d := x.DestinationForAny(verdict.TCP, netip.MustParseAddrPort("192.0.2.1:30081")); len(d.Endpoints)+len(d.Others) != 2 {
+		t.Errorf("for anybody: %+v", d)
+	}
+
+	if d := apply(t, x, node("n3", "192.0.2.4")); fmt.Sprint(d.Addrs) != "[192.0.2.3 192.0.2.4 203.0.113.3]" {
+		t.Errorf("addresses of nodes that changed: %v", d.Addrs)
+	}
+	want("shop/on-n1", "192.0.2.3:30081", "3", true)
+	want("shop/on-n1", "192.0.2.4:30081", "11", true)
+	d, err := x.Delete(svc)
+	if err != nil || fmt.Sprint(d.NodePorts) != "[30081]" {
+		t.Errorf("%v of %v", err, d.NodePorts)
 	}
 	want("shop/on-n1", "10.64.0.1:30081", "1", true)
+	want("shop/on-n1", "192.0.2.4:30081", "4", true)
+}
+
+// TestNodePortsAreJudgedBehindThem: a policy that admits a node's address admits what is on the node, and not what the node would balance to.
+func TestNodePortsAreJudgedBehindThem(t *testing.T) {
+	x := serviceWorld(t, ", type: NodePort", "{addresses: [10.64.0.10]}, {addresses: [10.64.0.11]}, {addresses: [192.0.2.3]}, {addresses: [10.64.0.1]}")
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n3"}, Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.3"}}}}
+	svc := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api"}}
+	read(t, "{type: NodePort, clusterIPs: [10.96.0.5], ports: [{port: 80, protocol: TCP, nodePort: 30080}]}", &svc.Spec)
+	apply(t, x, n, svc)
+	want := func(what, at, endpoints string) {
+		t.Helper()
+		d, _ := x.DestinationFor("shop/on-n1", verdict.TCP, netip.MustParseAddrPort(at))
+		if got := last(x.Admitted("shop/on-n1", d)); got != endpoints {
+			t.Errorf("%s: %s leads to %q, want %q", what, at, got, endpoints)
+		}
+	}
+	want("open", "192.0.2.3:30080", "1 10 11 3")
+	apply(t, x, testPolicy(t, "metadata: {name: in, namespace: shop}\nspec: {podSelector: {matchLabels: {replica: '1'}}}"))
+	want("its endpoint 11 admits nobody", "192.0.2.3:30080", "1 10 3")
+	apply(t, x, testPolicy(t, `
+metadata: {name: out, namespace: shop}
+spec: {podSelector: {matchLabels: {app: client}}, policyTypes: [Egress], egress: [{to: [{ipBlock: {cidr: 192.0.2.3/32}}]}]}`))
+	want("egress to the node alone", "192.0.2.3:30080", "1 3") // a service of host network, on the node itself and the client's
+	want("egress to the node alone", "192.0.2.3:30081", "3")
+	want("egress to the node alone", "192.0.2.4:30081", "")
+
+	// As an endpoint of somebody's slice a node port would be balanced by the node after all.
+	slice := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "api-1", Labels: map[string]string{discoveryv1.LabelServiceName: "api"}},
+		AddressType: discoveryv1.AddressTypeIPv4}
+	read(t, "[{name: '', port: 30080, protocol: TCP}]", &slice.Ports)
+	read(t, "[{addresses: [192.0.2.3]}, {addresses: [10.64.0.1]}]", &slice.Endpoints)
+	apply(t, x, slice)
+	want("a node port behind a service", vip, "")
+	want("a node port behind a node port", "192.0.2.3:30080", "")
 }
 
 // TestServicesAreNoEndpoints: whoever connected there would be balanced by the node, to pods that no policy was asked about.
@@ -263,14 +335,14 @@ func TestServicePortsAreWhatTheClientMayUse(t *testing.T) {
 			t.Errorf("%s: %s, want %s", what, got, list)
 		}
 	}
-	want("open", "[{10.96.0.10:53 [10.64.0.10:5353 10.64.0.11:5353 192.0.2.9:5353]} {10.96.0.10:54 []} {[fd00:10:96::a]:53 [[fd00:10:64::10]:5353]} {[fd00:10:96::a]:54 []}]")
+	want("open", "[{10.96.0.10:53 [10.64.0.10:5353 10.64.0.11:5353 192.0.2.9:5353] false} {10.96.0.10:54 [] false} {[fd00:10:96::a]:53 [[fd00:10:64::10]:5353] false} {[fd00:10:96::a]:54 [] false}]")
 	apply(t, x, testPolicy(t, `
 metadata: {name: out, namespace: shop}
 spec:
   podSelector: {matchLabels: {app: client}}
   policyTypes: [Egress]
   egress: [{to: [{podSelector: {matchLabels: {replica: "1"}}}], ports: [{port: 5353, protocol: UDP}]}]`))
-	want("partly", "[{10.96.0.10:53 [10.64.0.11:5353]} {10.96.0.10:54 []} {[fd00:10:96::a]:53 []} {[fd00:10:96::a]:54 []}]")
+	want("partly", "[{10.96.0.10:53 [10.64.0.11:5353] false} {10.96.0.10:54 [] false} {[fd00:10:96::a]:53 [] false} {[fd00:10:96::a]:54 [] false}]")
 	if got := x.ServicePorts("shop/nobody", verdict.SCTP); len(got) != 0 {
 		t.Errorf("SCTP: %v", got)
 	}

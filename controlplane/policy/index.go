@@ -48,6 +48,7 @@ type Index struct {
 	subjects   map[string]*Subject
 	services   services
 	zones      map[string]string // by node; of those that are in one
+	nodes      nodes
 
 	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
@@ -111,6 +112,7 @@ func NewIndex(c Config) *Index {
 		subjects:       map[string]*Subject{},
 		services:       newServices(),
 		zones:          map[string]string{},
+		nodes:          newNodes(),
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
 		retired:        retired{},
@@ -131,6 +133,10 @@ type Delta struct {
 	Pods []string
 	// Services ("namespace/name") came, went, or changed, their endpoints included.
 	Services []string
+	// Addrs came to be nodes' or services' addresses, or ceased to, or their service changed.
+	Addrs []netip.Addr
+	// NodePorts (of any protocol) came to be services', or ceased to, or their service changed.
+	NodePorts []uint16
 	// Packets are the pods ("namespace/name") whose packet policy has to be compiled anew; some may turn out the same.
 	Packets []string
 	// Gone are the keys of subjects that no pod has any more.
@@ -150,6 +156,12 @@ func Merge(deltas []Delta) Delta {
 		for _, k := range d.Services {
 			c.services[k] = true
 		}
+		for _, a := range d.Addrs {
+			c.addrs[a] = true
+		}
+		for _, p := range d.NodePorts {
+			c.nodePorts[p] = true
+		}
 		for _, k := range d.Packets {
 			c.packets[k] = true
 		}
@@ -163,14 +175,21 @@ func Merge(deltas []Delta) Delta {
 // change collects a Delta.
 type change struct {
 	subjects, pods, services, packets, gone map[string]bool
+	addrs                                   map[netip.Addr]bool // of nodes and services
+	nodePorts                               map[uint16]bool
+	nodesMoved                              bool // some addresses of nodes are others
 }
 
 func newChange() *change {
-	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}, gone: map[string]bool{}}
+	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}, gone: map[string]bool{},
+		addrs: map[netip.Addr]bool{}, nodePorts: map[uint16]bool{}}
 }
 
 func (c *change) delta() Delta {
-	return Delta{sortedKeys(c.subjects), sortedKeys(c.pods), sortedKeys(c.services), sortedKeys(c.packets), sortedKeys(c.gone)}
+	return Delta{
+		Subjects: sortedKeys(c.subjects), Pods: sortedKeys(c.pods), Services: sortedKeys(c.services), Packets: sortedKeys(c.packets), Gone: sortedKeys(c.gone),
+		Addrs: slices.SortedFunc(maps.Keys(c.addrs), netip.Addr.Compare), NodePorts: slices.Sorted(maps.Keys(c.nodePorts)),
+	}
 }
 
 func (x *Index) finish(c *change) Delta {
@@ -226,7 +245,7 @@ func (x *Index) apply(obj metav1.Object, c *change) error {
 	case *networkingv1.NetworkPolicy:
 		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, parsePolicy(o), c)
 	case *corev1.Node:
-		x.setZone(o.Name, o.Labels[corev1.LabelTopologyZone], c)
+		x.setNode(o, c)
 	case *corev1.Service:
 		x.services.set(o, c)
 	case *discoveryv1.EndpointSlice:
@@ -248,7 +267,7 @@ func (x *Index) Delete(obj metav1.Object) (Delta, error) {
 	case *networkingv1.NetworkPolicy:
 		x.setPolicy(o.Namespace, o.Namespace+"/"+o.Name, nil, c)
 	case *corev1.Node:
-		x.setZone(o.Name, "", c)
+		x.setNode(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: o.Name}}, c)
 	case *corev1.Service:
 		x.services.remove(o, c)
 	case *discoveryv1.EndpointSlice:

@@ -119,7 +119,7 @@ func (x *Index) touchPackets(c *change) {
 		}
 	}
 	services, all := x.noteServing(c)
-	if services || x.endpointsTouched(c) {
+	if services || x.nodePortsMoved(c) || x.endpointsTouched(c) {
 		for name := range x.pods {
 			c.packets[name] = true
 		}

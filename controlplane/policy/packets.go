@@ -25,7 +25,8 @@ import (
 //     it may receive, so that this opens nothing.
 //   - services: egress speaks of endpoints, so that a datagram to a cluster IP has to be led to one, here, where policy is known. The pod is
 //     told of the services of which it may use an endpoint, and of those endpoints only. A cluster IP itself is never allowed, whatever ipBlock
-//     holds it: beyond the pod the node would choose the endpoint, and not by policy.
+//     holds it: beyond the pod the node would choose the endpoint, and not by policy. At a node's address the same holds for node ports, all of
+//     which the pod is told of, and for no other port.
 //
 // Any pod that comes, goes or changes may change the value, not only those that change verdicts: that is the price of addresses.
 func (x *Index) Packets(name string) *verdict.Packets {
@@ -64,7 +65,7 @@ func (x *Index) packetServices(p *pod) []verdict.PacketService {
 	}
 	for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
 		for _, sp := range x.ServicePorts(p.key, proto) {
-			if len(sp.Endpoints) > 0 {
+			if len(sp.Endpoints) > 0 || sp.AtNode { // a node is not closed as a whole, as the service network is
 				out = append(out, verdict.PacketService{Protocol: proto, Addr: sp.Addr, Endpoints: sp.Endpoints})
 			}
 		}

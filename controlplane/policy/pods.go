@@ -430,19 +430,3 @@ func addrs(one string, list []string) ([]netip.Addr, error) {
 	}
 	return out, nil
 }
-
-// setZone says in which zone a node is; "": in none that is known. Its pods then may have other endpoints of services than before.
-func (x *Index) setZone(node, zone string, c *change) {
-	if x.zones[node] == zone {
-		return
-	}
-	x.zones[node] = zone
-	if zone == "" {
-		delete(x.zones, node)
-	}
-	for key, p := range x.pods {
-		if p.node == node {
-			c.pods[key] = true
-		}
-	}
-}

@@ -26,8 +26,9 @@ type service struct {
 	ports  []servicePort
 	slices map[string]*discoveryv1.EndpointSlice
 
-	sticky bool // sessionAffinity: ClientIP
-	local  bool // internalTrafficPolicy: Local
+	sticky      bool // sessionAffinity: ClientIP
+	local       bool // internalTrafficPolicy: Local
+	localAtNode bool // externalTrafficPolicy: Local
 }
 
 type servicePort struct {
@@ -57,10 +58,11 @@ func (s *services) get(key string) *service {
 
 func (s *services) set(o *corev1.Service, c *change) {
 	v := s.get(o.Namespace + "/" + o.Name)
-	s.unmap(v)
+	s.unmap(v, c)
 	v.since, v.addrs, v.ports = o.CreationTimestamp.Time, nil, nil
 	v.sticky = o.Spec.SessionAffinity == corev1.ServiceAffinityClientIP
 	v.local = deref(o.Spec.InternalTrafficPolicy) == corev1.ServiceInternalTrafficPolicyLocal
+	v.localAtNode = o.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal
 	ips := o.Spec.ClusterIPs
 	if len(ips) == 0 {
 		ips = []string{o.Spec.ClusterIP}
@@ -69,6 +71,7 @@ func (s *services) set(o *corev1.Service, c *change) {
 		for _, ip := range ips {
 			if a, err := netip.ParseAddr(ip); err == nil { // "None" and "" are no addresses
 				v.addrs = append(v.addrs, a.Unmap())
+				c.addrs[a.Unmap()] = true
 				s.claims[a.Unmap()] = append(s.claims[a.Unmap()], v)
 			}
 		}
@@ -83,20 +86,26 @@ func (s *services) set(o *corev1.Service, c *change) {
 			sp.onNode = uint16(p.NodePort)
 			at := nodePort{proto, sp.onNode}
 			s.onNode[at] = append(s.onNode[at], v)
+			c.nodePorts[sp.onNode] = true
 		}
 		v.ports = append(v.ports, sp)
 	}
 	c.services[v.key] = true
 }
 
-func (s *services) unmap(v *service) {
+func (s *services) unmap(v *service, c *change) {
 	for _, a := range v.addrs {
+		c.addrs[a] = true
 		s.claims[a] = slices.DeleteFunc(slices.Clone(s.claims[a]), func(o *service) bool { return o == v })
 		if len(s.claims[a]) == 0 {
 			delete(s.claims, a)
 		}
 	}
 	for _, p := range v.ports {
+		if p.onNode == 0 {
+			continue
+		}
+		c.nodePorts[p.onNode] = true
 		at := nodePort{p.protocol, p.onNode}
 		s.onNode[at] = slices.DeleteFunc(slices.Clone(s.onNode[at]), func(o *service) bool { return o == v })
 		if len(s.onNode[at]) == 0 {
@@ -126,7 +135,7 @@ func (s *services) remove(o *corev1.Service, c *change) {
 	if !ok {
 		return
 	}
-	s.unmap(v)
+	s.unmap(v, c)
 	v.addrs, v.ports = nil, nil
 	s.drop(v)
 	c.services[key] = true

@@ -96,8 +96,8 @@ func (m *mutant) destinations() []string {
 			list = append(list, names.OnDemandPrefix+netip.AddrPortFrom(serviceAddr(i), uint16(port)).String())
 		}
 	}
-	for _, n := range m.Objects.Nodes {
-		list = append(list, names.OnDemandPrefix+n.Status.Addresses[0].Address+":"+fmt.Sprint(nodePort))
+	for _, to := range atNodes() {
+		list = append(list, names.OnDemandPrefix+to.String())
 	}
 	for _, p := range m.Objects.Pods {
 		for _, a := range oracle.Addresses(p) {

@@ -126,6 +126,10 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 					t.Fatalf("world %d: outbound of %s: %s: chain %q, %v; want %s\n%s", s, key(c.From), c, chain, err, want, w.YAML())
 				}
 				checked["outbound "+chain]++
+				chain, err = matcher.FilterChain(out, matcher.Connection{DestinationIP: c.ToAddr, DestinationPort: 30000 + c.Port%2768, SourceIP: c.FromAddr})
+				if err != nil || (chain != names.ChainMesh && !c.ToAddr.IsLoopback()) {
+					t.Fatalf("world %d: outbound of %s: a node port of %s: chain %q, %v", s, key(c.From), c.ToAddr, chain, err)
+				}
 			}
 		}
 	}

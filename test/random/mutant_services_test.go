@@ -15,8 +15,21 @@ import (
 // serviceAddrs is how many cluster IPs there are.
 const serviceAddrs = 3
 
-// nodePort is the one that every service wants.
-const nodePort = 30080
+// nodePorts are few, so that services want the same.
+var nodePorts = []int32{30080, 30081}
+
+// nodeAddrs are those that nodes have, or come to have.
+var nodeAddrs = []string{"10.64.0.1", "172.18.0.3", "fd00:172:18::3", "203.0.113.9"}
+
+// atNodes are the destinations that may be services' at nodes.
+func atNodes() (out []netip.AddrPort) {
+	for _, a := range nodeAddrs {
+		for _, port := range nodePorts {
+			out = append(out, netip.AddrPortFrom(netip.MustParseAddr(a), uint16(port)))
+		}
+	}
+	return out
+}
 
 var servicePorts = []int32{80, 81}
 
@@ -42,7 +55,7 @@ func (m *mutant) changeService() []event {
 			if m.chance(70) {
 				sp := corev1.ServicePort{Name: fmt.Sprint("p", p), Port: p, Protocol: m.protocol}
 				if m.chance(30) {
-					s.Spec.Type, sp.NodePort = corev1.ServiceTypeNodePort, nodePort
+					s.Spec.Type, sp.NodePort = corev1.ServiceTypeNodePort, choose(m.Rand, nodePorts)
 				}
 				s.Spec.Ports = append(s.Spec.Ports, sp)
 			}
@@ -53,7 +66,10 @@ func (m *mutant) changeService() []event {
 		if local := corev1.ServiceInternalTrafficPolicyLocal; m.chance(30) {
 			s.Spec.InternalTrafficPolicy = &local
 		}
-		m.tell("service %s: ports %v, affinity %q, local %t", name, s.Spec.Ports, s.Spec.SessionAffinity, s.Spec.InternalTrafficPolicy != nil)
+		if s.Spec.Type == corev1.ServiceTypeNodePort && m.chance(30) {
+			s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		}
+		m.tell("service %s: ports %v, affinity %q, local %t, at nodes %q", name, s.Spec.Ports, s.Spec.SessionAffinity, s.Spec.InternalTrafficPolicy != nil, s.Spec.ExternalTrafficPolicy)
 		m.Objects.Services = append(slices.Clone(m.Objects.Services), s)
 		return []event{{s, false}}
 	}
@@ -74,7 +90,7 @@ func (m *mutant) changeSlice(service string, meta metav1.ObjectMeta) []event {
 		}
 	}
 	for _, p := range servicePorts {
-		name, port := fmt.Sprint("p", p), choose(m.Rand, []int32{80, 8080})
+		name, port := fmt.Sprint("p", p), choose(m.Rand, []int32{80, 80, 8080, 8080, nodePorts[0]})
 		s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: &name, Port: &port, Protocol: &m.protocol})
 	}
 	ready, hinted := choose(m.Rand, []int{0, 80, 100}), choose(m.Rand, []int{0, 50, 100, 100}) // in most slices all are alike: hints count only so
@@ -87,6 +103,9 @@ func (m *mutant) changeSlice(service string, meta metav1.ObjectMeta) []event {
 	}
 	if m.chance(15) { // an address outside, which is nobody's
 		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{"203.0.113.9"}})
+	}
+	if m.chance(15) { // a node's
+		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{"172.18.0.3"}})
 	}
 	m.tell("endpoint slice %s: %d endpoints of %s, %d %% ready, %d %% with hints", s.Name, len(s.Endpoints), service, ready, hinted)
 	m.Objects.EndpointSlices = append(slices.Clone(m.Objects.EndpointSlices), s)
@@ -114,7 +133,7 @@ func (m *mutant) endpoint(p *corev1.Pod, a netip.Addr, ready, hinted int) discov
 
 var zones = []string{"east", "west"}
 
-// changeNode puts a node into another zone, or none.
+// changeNode puts a node into another zone, or none, or gives it other addresses; or takes it away.
 func (m *mutant) changeNode() []event {
 	i := m.IntN(len(m.Objects.Nodes))
 	n := m.Objects.Nodes[i].DeepCopy()
@@ -122,8 +141,20 @@ func (m *mutant) changeNode() []event {
 	if m.chance(25) {
 		n.Labels = nil
 	}
-	m.tell("node %s: labels %v", n.Name, n.Labels)
+	if m.chance(50) {
+		n.Status.Addresses = nil
+		for _, a := range nodeAddrs {
+			if m.chance(50) {
+				n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeExternalIP, Address: a})
+			}
+		}
+	}
+	gone := m.chance(15)
+	if gone { // as far as it decides
+		n.Labels, n.Status.Addresses = nil, nil
+	}
+	m.tell("node %s: labels %v, addresses %v", n.Name, n.Labels, n.Status.Addresses)
 	m.Objects.Nodes = slices.Clone(m.Objects.Nodes)
 	m.Objects.Nodes[i] = n
-	return []event{{n, n.Labels == nil && m.chance(50)}}
+	return []event{{n, gone}}
 }

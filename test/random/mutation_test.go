@@ -61,6 +61,8 @@ func followChanges(t *testing.T, s uint64) (moved int) {
 			named.Pods = append(named.Pods, d.Pods...)
 			named.Services = append(named.Services, d.Services...)
 			named.Packets = append(named.Packets, d.Packets...)
+			named.Addrs = append(named.Addrs, d.Addrs...)
+			named.NodePorts = append(named.NodePorts, d.NodePorts...)
 		}
 		if r.IntN(4) == 0 {
 			continue // some changes come in a bundle, with nobody reading in between
@@ -107,7 +109,8 @@ type reading struct {
 // podReading is what an index says of a pod.
 type podReading struct {
 	subject, hash, seen, packets string
-	destinations                 string // what cluster IPs stand for to it
+	destinations                 string    // what cluster IPs stand for to it
+	atNodes                      [8]string // and atNodes
 }
 
 // read reads all pods. What others see of a pod is in it, too: who depends on that has to be told by name.
@@ -135,6 +138,10 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 				d, _ := x.DestinationFor(p.Name, verdict.TCP, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
 				r.destinations += fmt.Sprint(addresses(d.Endpoints))
 			}
+		}
+		for i, to := range atNodes() {
+			d, _ := x.DestinationFor(p.Name, verdict.TCP, to)
+			r.atNodes[i] = fmt.Sprint(d.Service, addresses(d.Endpoints))
 		}
 		out.pods[p.Name] = r
 	}
@@ -166,6 +173,11 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 	for _, name := range slices.Sorted(maps.Keys(after.pods)) {
 		old, now := before.pods[name], after.pods[name]
 		byPod := slices.Contains(d.Pods, name)
+		for i, to := range atNodes() {
+			if was, is := old.atNodes[i], now.atNodes[i]; is != was && !byPod && len(d.Services) == 0 && !slices.Contains(d.Addrs, to.Addr()) && !slices.Contains(d.NodePorts, to.Port()) {
+				return n, fmt.Sprintf("to pod %s %s stood for %s and stands for %s, and no delta names the pod, a service, the address or the port", name, to, was, is)
+			}
+		}
 		switch {
 		case (old.subject != now.subject || old.seen != now.seen) && !byPod:
 			return n, fmt.Sprintf("pod %s changed from %+v to %+v, and no delta names it", name, old, now)
@@ -229,7 +241,7 @@ func (m *mutant) compare(fresh, x *policy.Index, after reading) string {
 	if !slices.Equal(fresh.Problems(), x.Problems()) {
 		return fmt.Sprintf("problems %q, and a fresh index has %q", x.Problems(), fresh.Problems())
 	}
-	var targets []netip.AddrPort
+	targets := atNodes()
 	for _, p := range m.Objects.Pods {
 		for _, a := range oracle.Addresses(p) {
 			targets = append(targets, netip.AddrPortFrom(a, 80))

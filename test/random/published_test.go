@@ -1,6 +1,7 @@
 package random
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -111,41 +112,67 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 	for _, p := range w.Objects.Pods {
 		byName[key(p)] = p
 	}
+	var vips []netip.AddrPort
 	for i := range serviceAddrs {
 		for _, port := range servicePorts {
-			vip := netip.AddrPortFrom(serviceAddr(i), uint16(port))
-			d, known := x.DestinationFor(key(pod), verdict.UDP, vip)
-			var want []netip.AddrPort
-			for _, e := range d.Endpoints {
-				if e.Pod == "" && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
-					continue // the address of a pod that is gone, or claimed by two: nobody knows who that is
+			vips = append(vips, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
+		}
+	}
+	for _, to := range append(vips, atNodes()...) {
+		d, known := x.DestinationFor(key(pod), verdict.UDP, to)
+		var want []netip.AddrPort
+		for _, e := range d.Endpoints {
+			if e.Pod == "" && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
+				continue // the address of a pod that is gone, or claimed by two: nobody knows who that is
+			}
+			if isNodePort(w, pod, e.Addr) {
+				continue // the node would balance once more
+			}
+			for _, from := range oracle.Addresses(pod) {
+				if from.Is4() != e.Addr.Addr().Is4() {
+					continue
 				}
-				for _, from := range oracle.Addresses(pod) {
-					if from.Is4() != e.Addr.Addr().Is4() {
-						continue
-					}
-					if ok, _ := w.Allowed(oracle.Conn{From: pod, FromAddr: from, To: byName[e.Pod], ToAddr: e.Addr.Addr(), Port: e.Addr.Port(), Protocol: verdict.UDP}); ok {
-						want = append(want, e.Addr)
-						break
-					}
+				if ok, _ := w.Allowed(oracle.Conn{From: pod, FromAddr: from, To: byName[e.Pod], ToAddr: e.Addr.Addr(), Port: e.Addr.Port(), Protocol: verdict.UDP}); ok {
+					want = append(want, e.Addr)
+					break
 				}
 			}
-			got, err := nftrules.Translate(rules, nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: self(vip.Addr()), Dest: vip.Addr(), Port: vip.Port(), Out: "eth0"})
-			switch {
-			case err != nil:
-				return led, err
-			case d.Sticky && len(want) > 1 && len(got) == 1 && slices.Contains(want, got[0]):
-			case !slices.Equal(got, want):
-				return led, fmt.Errorf("%s is led from %s to %v, not to %v", vip, key(pod), got, want)
-			case known && value.AllowsEgress(verdict.UDP, vip.Port(), vip.Addr()):
-				return led, fmt.Errorf("%s itself is let out of %s", vip, key(pod))
-			}
-			if len(got) > 0 {
-				led++
-			}
+		}
+		service, atNode := slices.Contains(vips, to), isNodePort(w, pod, to)
+		if !service && !atNode || d.Outside {
+			want = nil // it is what it is
+		}
+		got, err := nftrules.Translate(rules, nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: self(to.Addr()), Dest: to.Addr(), Port: to.Port(), Out: "eth0"})
+		refused := errors.Is(err, nftrules.ErrRefused)
+		switch {
+		case err != nil && !refused:
+			return led, err
+		case refused != (atNode && len(want) == 0):
+			return led, fmt.Errorf("%s is refused to %s: %v", to, key(pod), refused)
+		case d.Sticky && len(want) > 1 && len(got) == 1 && slices.Contains(want, got[0]):
+		case !slices.Equal(got, want):
+			return led, fmt.Errorf("%s is led from %s to %v, not to %v", to, key(pod), got, want)
+		case service && known && !d.Outside && value.AllowsEgress(verdict.UDP, to.Port(), to.Addr()):
+			return led, fmt.Errorf("%s itself is let out of %s", to, key(pod))
+		}
+		if len(got) > 0 {
+			led++
 		}
 	}
 	return led, nil
+}
+
+// isNodePort reports whether a node has an address, to a pod, at which a port is a UDP service's.
+func isNodePort(w oracle.World, pod *corev1.Pod, to netip.AddrPort) bool {
+	atNode := slices.ContainsFunc(pod.Status.HostIPs, func(h corev1.HostIP) bool { return h.IP == to.Addr().String() })
+	for _, n := range w.Objects.Nodes {
+		atNode = atNode || slices.ContainsFunc(n.Status.Addresses, func(a corev1.NodeAddress) bool { return a.Address == to.Addr().String() })
+	}
+	return atNode && slices.ContainsFunc(w.Objects.Services, func(s *corev1.Service) bool {
+		return slices.ContainsFunc(s.Spec.Ports, func(p corev1.ServicePort) bool {
+			return p.NodePort == int32(to.Port()) && p.Protocol == corev1.ProtocolUDP
+		})
+	})
 }
 
 func publishedTo(cp *controlplane.ControlPlane, pod string) string {

@@ -45,6 +45,11 @@ func register(n uint32) uint32 {
 //	chain service-0 {
 //		dnat ip to numgen random mod 2 map @service-0            # 0 : 10.64.0.3 . 53, 1 : 10.64.0.7 . 53
 //	}
+//	chain service-1 {                                                # no endpoints
+//		drop
+//	}
+//
+// A node port is at every node's addresses: those with the same endpoints share a chain.
 //
 // NAT asks once for each flow; what comes back is translated back. The proxy's mark leaves the agent's own flows to the node.
 func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
@@ -53,6 +58,7 @@ func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
 		Priority: nftables.ChainPriorityNATDest, Policy: &accept}}
 	base.Rules = append(base.Rules, rule(meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(mark)), done(expr.VerdictAccept)))
 	var chains []Chain
+	leading := map[string]string{} // names of chains, by what they lead to
 	for _, f := range []family{ipv4, ipv6} {
 		all := Set{Set: &nftables.Set{Table: rs.Table, Name: "services" + f.suffix, IsMap: true, DataType: nftables.TypeVerdict,
 			KeyType: nftables.MustConcatSetType(nftables.TypeInetProto, f.kind, nftables.TypeInetService)}}
@@ -61,8 +67,13 @@ func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
 			if s.Addr.Addr().Is4() != (f.number == unix.NFPROTO_IPV4) {
 				continue
 			}
-			name := fmt.Sprintf("service-%d", i)
-			chains = append(chains, rs.service(f, name, s))
+			to := fmt.Sprint(f.suffix, s.Endpoints)
+			name, made := leading[to]
+			if !made {
+				name = fmt.Sprintf("service-%d", i)
+				leading[to] = name
+				chains = append(chains, rs.service(f, name, s))
+			}
 			key := slices.Concat([]byte{protocolNumber(s.Protocol), 0, 0, 0}, s.Addr.Addr().AsSlice(), portWord(s.Addr.Port()))
 			all.Elements = append(all.Elements, nftables.SetElement{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}})
 		}
@@ -79,8 +90,13 @@ func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
 	rs.Chains = append(append(rs.Chains, base), chains...)
 }
 
-// service makes the chain that leads a flow to one of the endpoints.
+// service makes the chain that leads a flow to one of the endpoints, or refuses it where there is none.
 func (rs *Ruleset) service(f family, name string, s *verdict.PacketService) Chain {
+	c := rs.chain(name)
+	if len(s.Endpoints) == 0 {
+		c.Rules = append(c.Rules, rule(done(expr.VerdictDrop)))
+		return c
+	}
 	endpoints := Set{Set: &nftables.Set{Table: rs.Table, Name: name, IsMap: true, KeyType: nftables.TypeInteger,
 		DataType: nftables.MustConcatSetType(f.kind, nftables.TypeInetService)}}
 	for i, e := range s.Endpoints {
@@ -90,7 +106,6 @@ func (rs *Ruleset) service(f family, name string, s *verdict.PacketService) Chai
 	}
 	rs.add(&endpoints)
 	addr, port := register(0), register(f.words)
-	c := rs.chain(name)
 	c.Rules = append(c.Rules, []expr.Any{
 		&expr.Numgen{Register: register(0), Modulus: uint32(len(s.Endpoints)), Type: unix.NFT_NG_RANDOM},
 		&expr.Lookup{SourceRegister: register(0), DestRegister: register(0), IsDestRegSet: true, SetName: endpoints.Name, SetID: endpoints.ID},

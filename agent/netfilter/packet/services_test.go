@@ -126,6 +126,40 @@ func TestServices(t *testing.T) {
 	}
 }
 
+// A port of the node that is a service's leads to the endpoints, or nowhere; all others are the node's, which is always reached.
+func TestNodePorts(t *testing.T) {
+	outside := surroundings(t)
+	p := dns(nil, nil)
+	p.Node = []netip.Addr{node4, node6}
+	for _, at := range p.Node {
+		p.Services = append(p.Services, verdict.PacketService{Protocol: verdict.UDP, Addr: netip.AddrPortFrom(at, 30053)})
+		p.Services = append(p.Services, verdict.PacketService{Protocol: verdict.UDP, Addr: netip.AddrPortFrom(at, 30054), Endpoints: backends(at)[:1]})
+	}
+	apply(t, p)
+	for _, at := range p.Node {
+		from := func() net.PacketConn { return socket(t, nil, netip.AddrPortFrom(same(at, own), 0).String()) }
+		backend := backends(at)[0]
+		open := map[netip.AddrPort]net.PacketConn{backend: socket(t, outside, backend.String())}
+		if got := asks(t, from(), netip.AddrPortFrom(at, 30053), open); got.IsValid() {
+			t.Errorf("node port 30053 of %s led to %s", at, got)
+		}
+		if got := asks(t, from(), netip.AddrPortFrom(at, 30054), open); got != backend {
+			t.Errorf("node port 30054 of %s led to %s", at, got)
+		}
+		its := netip.AddrPortFrom(at, 30055)
+		if got := asks(t, from(), its, map[netip.AddrPort]net.PacketConn{its: socket(t, outside, its.String())}); got != its {
+			t.Errorf("the node's own port %s led to %s", its, got)
+		}
+	}
+}
+
+func backends(a netip.Addr) []netip.AddrPort {
+	if a.Is4() {
+		return backends4
+	}
+	return backends6
+}
+
 // A flow stays with its endpoint as long as that is one, and goes to another when it is none any more; flows of others do not notice.
 func TestServiceFlowsAreRevoked(t *testing.T) {
 	outside := surroundings(t)

@@ -103,9 +103,15 @@ func state(x *policy.Index, services []*corev1.Service) map[string]string {
 		p, _ := x.Pod(name)
 		out["pod "+name] = fmt.Sprintf("%s at %s on %s, sidecar %t, packets %s", p.Subject.Key, p.Addrs, p.NodeIPs, p.Sidecar, dump(x.Packets(name)))
 		for _, s := range services {
-			for _, a := range x.ServiceAddrs(s.Namespace + "/" + s.Name) {
-				for _, port := range s.Spec.Ports {
-					to := netip.AddrPortFrom(a, uint16(port.Port))
+			for _, port := range s.Spec.Ports {
+				var targets []netip.AddrPort
+				for _, a := range x.ServiceAddrs(s.Namespace + "/" + s.Name) {
+					targets = append(targets, netip.AddrPortFrom(a, uint16(port.Port)))
+				}
+				for _, a := range p.NodeIPs {
+					targets = append(targets, netip.AddrPortFrom(a, uint16(max(1, port.NodePort))))
+				}
+				for _, to := range targets {
 					d, ok := x.DestinationFor(name, verdict.TCP, to)
 					out[fmt.Sprintf("%s from %s", to, name)] = fmt.Sprint(ok, x.Admitted(name, d))
 				}

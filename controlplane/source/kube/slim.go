@@ -27,7 +27,7 @@ func slim(obj any) (any, error) {
 		meta.Labels = nil
 		return &corev1.Service{ObjectMeta: meta, Spec: corev1.ServiceSpec{
 			Type: o.Spec.Type, ClusterIP: o.Spec.ClusterIP, ClusterIPs: o.Spec.ClusterIPs, Ports: o.Spec.Ports,
-			SessionAffinity: o.Spec.SessionAffinity, InternalTrafficPolicy: o.Spec.InternalTrafficPolicy,
+			SessionAffinity: o.Spec.SessionAffinity, InternalTrafficPolicy: o.Spec.InternalTrafficPolicy, ExternalTrafficPolicy: o.Spec.ExternalTrafficPolicy,
 		}}, nil
 	case *discoveryv1.EndpointSlice:
 		o.ObjectMeta = slimMeta(&o.ObjectMeta)
@@ -89,7 +89,7 @@ func restarts(c *corev1.Container) bool {
 	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
 }
 
-// slimNode keeps a node's zone, ranges and internal addresses.
+// slimNode keeps a node's zone, ranges and addresses, without names.
 func slimNode(o *corev1.Node) *corev1.Node {
 	n := &corev1.Node{ObjectMeta: slimMeta(&o.ObjectMeta), Spec: corev1.NodeSpec{PodCIDR: o.Spec.PodCIDR, PodCIDRs: o.Spec.PodCIDRs}}
 	n.Labels = nil
@@ -97,7 +97,7 @@ func slimNode(o *corev1.Node) *corev1.Node {
 		n.Labels = map[string]string{corev1.LabelTopologyZone: zone}
 	}
 	for _, a := range o.Status.Addresses {
-		if a.Type == corev1.NodeInternalIP {
+		if a.Type == corev1.NodeInternalIP || a.Type == corev1.NodeExternalIP {
 			n.Status.Addresses = append(n.Status.Addresses, a)
 		}
 	}

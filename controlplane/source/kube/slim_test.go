@@ -39,6 +39,14 @@ func TestSlimKeepsWhatDecides(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		for i, s := range m.Objects.Services { // node ports decide, too
+			if s.Spec.Type != corev1.ServiceTypeExternalName && s.Spec.ClusterIP != corev1.ClusterIPNone {
+				s.Spec.Type, s.Spec.ExternalTrafficPolicy = corev1.ServiceTypeNodePort, corev1.ServiceExternalTrafficPolicyLocal
+				for j := range s.Spec.Ports {
+					s.Spec.Ports[j].NodePort = int32(30000 + 10*i + j)
+				}
+			}
+		}
 		networks := Networks{Pods: m.PodNetwork, Services: m.ServiceNetwork}
 		whole, _ := record(networks, &m.Objects)
 		slimmed, _ := record(networks, &policy.Objects{})

@@ -145,7 +145,9 @@ func (w *world) nodeAddrs(p *corev1.Pod) (out []netip.Addr) {
 	}
 	if n, ok := w.objects[key{kind: nodes, name: p.Spec.NodeName}].(*corev1.Node); ok {
 		for _, a := range n.Status.Addresses {
-			add(parseAddrs(a.Address)...)
+			if a.Type == corev1.NodeInternalIP { // what comes from an external one has been outside
+				add(parseAddrs(a.Address)...)
+			}
 		}
 		for _, a := range bridges(n) {
 			if w.has[a] == 0 {

@@ -72,7 +72,7 @@ func TestNodeAddresses(t *testing.T) {
 	}{
 		{"no node yet", false, []metav1.Object{pod("a", "")}, "a[]"},
 		{"a node that is not known yet", false, []metav1.Object{pod("a", "n1", "10.0.1.5")}, "a[169.254.7.7]"},
-		{"the node comes, and its pods with it", false, []metav1.Object{node("n1", "192.0.2.1", "10.0.1.0/24", "fd00:1::/64")},
+		{"the node comes, and its pods with it; its external address is no matter to them", false, []metav1.Object{node("n1", "192.0.2.1", "10.0.1.0/24", "fd00:1::/64")},
 			"n1 a[10.0.1.1 169.254.7.7 192.0.2.1 fd00:1::1]"},
 		{"another node is no matter to them", false, []metav1.Object{node("n2", "192.0.2.2", "10.0.2.0/24")}, "n2"},
 		{"a pod on the node's network has no address of its own", false, []metav1.Object{onHost(pod("h", "n1", "10.0.1.1"))},

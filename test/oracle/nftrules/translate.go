@@ -3,6 +3,7 @@ package nftrules
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -14,7 +15,7 @@ import (
 )
 
 // Translate says where the NAT chain of the output hook leads a new flow: to each address that the random number may choose, in its order; none
-// where the flow stays what it is.
+// where the flow stays what it is. The error is ErrRefused where it is dropped there.
 func Translate(rs *packet.Ruleset, p Packet) ([]netip.AddrPort, error) {
 	var out []netip.AddrPort
 	for draw := uint32(0); ; draw++ {
@@ -29,6 +30,9 @@ func Translate(rs *packet.Ruleset, p Packet) ([]netip.AddrPort, error) {
 		}
 	}
 }
+
+// ErrRefused says that a flow is dropped by the NAT chain.
+var ErrRefused = errors.New("refused by the NAT chain")
 
 // translator runs rules with all registers, and a number drawn.
 type translator struct {
@@ -59,6 +63,8 @@ func (t *translator) through(c *packet.Chain, depth int) (netip.AddrPort, error)
 		case err != nil || to.IsValid() || v.Kind == expr.VerdictAccept:
 			return to, err
 		case v.Kind == expr.VerdictContinue:
+		case v.Kind == expr.VerdictDrop:
+			return netip.AddrPort{}, ErrRefused
 		case v.Kind == expr.VerdictGoto && depth < 16:
 			for i := range t.rs.Chains {
 				if t.rs.Chains[i].Name == v.Chain {
