@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/sandbox"
@@ -148,7 +149,7 @@ spec: {podSelector: {matchLabels: {app: caged}}, policyTypes: [Ingress, Egress]}
 
 var (
 	vips     = map[string][2]string{}
-	external = []string{"203.0.113.7/32:8080", "198.51.100.7/32:8080", "[2001:db8::7/128]:8080"}
+	external = []string{"203.0.113.7/32:8080", "198.51.100.7/32:8080", "198.51.100.9/32:30090", "[2001:db8::7/128]:8080"}
 )
 
 func init() {
@@ -156,6 +157,7 @@ func init() {
 		vips[name] = [2]string{fmt.Sprintf("10.96.1.%d", i+1), fmt.Sprintf("fd00:10:96::1%02x", i+1)}
 	}
 	vips["node"] = [2]string{"10.64.0.1", "fd00:10:64::1"}
+	vips["elsewhere"] = [2]string{"203.0.113.7", "2001:db8::7"}
 }
 
 // TestServices is about which endpoints a sidecar takes for a service. Each step that changes something puts it back.
@@ -180,6 +182,7 @@ func TestServices(t *testing.T) {
 	t.Run("conditions", func(t *testing.T) { changingConditions(t, s, m) })
 	t.Run("partly allowed", func(t *testing.T) { partlyAllowed(t, s) })
 	t.Run("outside", func(t *testing.T) { outsideOfTheMesh(t, s, m) })
+	t.Run("another node", func(t *testing.T) { anotherNode(t, s, m) })
 	t.Run("another service", func(t *testing.T) { changingService(t, s, m) })
 }
 
@@ -260,6 +263,58 @@ func chosenEndpoints(t *testing.T, s *sandbox.Sandbox) {
 			}
 			_ = l.Close()
 			<-served
+		}
+	}
+}
+
+// anotherNode: an address outside is what ipBlocks say, on any port, until a node has it: then its node ports are the service's, and only those.
+func anotherNode(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
+	all := []string{"api-0", "api-1", "api-2"}
+	outside := func(from, who string) {
+		t.Helper()
+		for _, vip := range vips["elsewhere"] {
+			if got := reached(t, s, from, vip, 8080, 2); (len(got) == 1 && got[0] != "") != (who != "") {
+				t.Errorf("%s to %s: answered by %q, want %q", from, vip, got, who)
+			}
+		}
+	}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "elsewhere"}}
+	apply := func(objects ...metav1.Object) {
+		t.Helper()
+		if err := s.ControlPlane().Update(objects, nil); err != nil {
+			t.Fatal(err)
+		}
+		confirmed(t, s, "shop/web", "shop/caged")
+	}
+	for _, vip := range vips["elsewhere"] { // nobody listens there
+		if got := reached(t, s, "shop/web", vip, 30080, 2); !slices.Equal(got, []string{""}) {
+			t.Errorf("web by %s before it is a node's: %q", vip, got)
+		}
+	}
+	wantBehind(t, s, "shop/caged", "elsewhere", 30080, "")
+	for _, vip := range vips["elsewhere"] {
+		node.Status.Addresses = append(node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: vip})
+	}
+	apply(node)
+	wantBehind(t, s, "shop/web", "elsewhere", 30080, all...)
+	wantBehind(t, s, "shop/caged", "elsewhere", 30080, "")
+	outside("shop/web", "the node")
+	outside("shop/caged", "")
+
+	at := slices.IndexFunc(m.Objects.Services, func(s *corev1.Service) bool { return s.Name == "node" })
+	local := m.Objects.Services[at].DeepCopy()
+	local.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	apply(local)
+	wantBehind(t, s, "shop/web", "elsewhere", 30080, "") // it has no endpoint
+	wantBehind(t, s, "shop/web", "node", 30080, "api-0")
+	apply(m.Objects.Services[at])
+	wantBehind(t, s, "shop/web", "elsewhere", 30080, all...)
+	node = node.DeepCopy()
+	node.Status.Addresses = nil
+	apply(node)
+	for _, vip := range vips["elsewhere"] {
+		if got := reached(t, s, "shop/web", vip, 30080, 2); !slices.Equal(got, []string{""}) {
+			t.Errorf("web by %s when it is a node's no more: %q", vip, got)
 		}
 	}
 }
