@@ -149,7 +149,7 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
 	}
-	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys()}))
+	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys(), NodePorts: cp.index.NodePorts()}))
 }
 
 // Apply takes over an object that was created or changed.
@@ -223,6 +223,10 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		cp.demand.collect(stale, addrKey(a))
 	}
 	for _, port := range d.NodePorts {
+		if port < names.FirstNodePort || port > names.LastNodePort {
+			cp.log.Error("a node port outside the range that sidecars ask about: over TCP whoever may reach a node reaches its service, past policy; choose another",
+				"port", port, "range", fmt.Sprintf("%d-%d", names.FirstNodePort, names.LastNodePort))
+		}
 		cp.demand.collect(stale, nodePortKey(port))
 	}
 	cp.refresh(stale)

@@ -154,6 +154,16 @@ func (x *Index) nodePortsFor(p *pod, proto verdict.Protocol) (out []ServicePort)
 	return out
 }
 
+// NodePorts lists the ports of nodes, of any protocol, at which services are to be had; sorted.
+func (x *Index) NodePorts() []uint16 {
+	var out []uint16
+	for at := range x.services.onNode {
+		out = append(out, at.number)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
 // nodePortsMoved reports whether nodes' addresses have changed, and packets name them.
 func (x *Index) nodePortsMoved(c *change) bool {
 	if !c.nodesMoved {
