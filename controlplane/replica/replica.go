@@ -235,7 +235,9 @@ func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.Cont
 			Policy:         policy.Config{TrustDomain: r.cfg.TrustDomain, PodNetwork: n.Pods, DefaultMode: r.cfg.Mode},
 			ServiceNetwork: n.Services, Resumption: r.cfg.Sessions, Log: r.cfg.Log,
 		},
-		root, tokenreview.New(tokenreview.Config{Reviews: r.clients.review.AuthenticationV1().TokenReviews()}),
+		root, tokenreview.New(tokenreview.Config{
+			Reviews: r.clients.review.AuthenticationV1().TokenReviews(), Keys: tokenreview.JWKS(r.clients.watch.Discovery().RESTClient()), Log: r.cfg.Log,
+		}),
 		server.Config{Log: r.cfg.Log, OnEvent: metrics.NewXDS(r.registry).OnEvent}, nil)
 }
 

@@ -1,11 +1,15 @@
 package tokenreview
 
 import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"errors"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc/metadata"
@@ -20,6 +24,43 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// counting counts what the API server is asked.
+type counting struct {
+	Reviews
+	n int
+}
+
+func (c *counting) Create(ctx context.Context, r *authenticationv1.TokenReview, o metav1.CreateOptions) (*authenticationv1.TokenReview, error) {
+	c.n++
+	return c.Reviews.Create(ctx, r, o)
+}
+
+// forge signs what a token says by another key under the same name.
+func forge(t *testing.T, token string) string {
+	t.Helper()
+	jws, err := jose.ParseSignedCompact(token, algorithms)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: jws.Signatures[0].Protected.KeyID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := signer.Sign(jws.UnsafePayloadWithoutVerification())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := signed.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
 
 // TestAPIServer: a token that a real API server gave is good for the pod that it is bound to, for our audience and no other, while the pod is there.
 func TestAPIServer(t *testing.T) {
@@ -78,6 +119,13 @@ func TestAPIServer(t *testing.T) {
 			t.Errorf("got %v, %v, want %v", got, err, want)
 		}
 	}
+	counted := &counting{Reviews: reviews}
+	checked := New(Config{Reviews: counted, Remember: -1, Keys: JWKS(c.Discovery().RESTClient())})
+	for text, want := range map[string]attest.Pod{of1: podOf(first), of2: podOf(second)} {
+		if got, err := checked.Attest(t.Context(), text); err != nil || got != want {
+			t.Errorf("with the signature looked at: got %v, %v, want %v", got, err, want)
+		}
+	}
 	head, claims, _ := strings.Cut(of1, ".")
 	forged := head + "." + claims[:len(claims)-4] + "AAAA"
 	for _, r := range []struct {
@@ -89,12 +137,18 @@ func TestAPIServer(t *testing.T) {
 		{"another audience, by the API server's word", of1, "vault", New(Config{Reviews: reviews, Audience: "vault", Remember: -1})},
 		{"bound to no pod", token(nil, attest.Audience), "bound to no pod", a},
 		{"another signature", forged, "does not accept it", a},
+		{"another signature, which is looked at", forged, "not that of key", checked},
+		{"a forged token, which names the API server's key", forge(t, of1), "not that of key", checked},
 		{"expired", of1, "expired at", New(Config{Reviews: reviews, Now: func() time.Time { return time.Now().Add(24 * time.Hour) }})},
 	} {
 		pod, err := r.attestor.Attest(t.Context(), r.token)
 		if !errors.Is(err, attest.ErrRefused) || !strings.Contains(err.Error(), r.why) || pod != (attest.Pod{}) {
 			t.Errorf("%s: got %v, %v, want a refusal with %q", r.name, pod, err, r.why)
 		}
+	}
+
+	if counted.n != 2 {
+		t.Errorf("%d reviews, want one for each token that the API server signed", counted.n)
 	}
 
 	// A deleted pod: its identity is gone as soon as the control plane knows, though the API server remembers the token for some seconds.

@@ -11,36 +11,38 @@ import (
 // mostRecent bounds what is remembered: about 1 MB.
 const mostRecent = 10_000
 
-// recent remembers for a moment which tokens, by their hash, were accepted.
+// recent remembers for a moment what was said of tokens, by their hash.
 type recent struct {
 	lasts time.Duration
 
 	mu    sync.Mutex
-	known map[[sha256.Size]byte]accepted
+	known map[[sha256.Size]byte]reviewed
 }
 
-type accepted struct {
+// reviewed is what a review said: a pod, or why the token is refused.
+type reviewed struct {
 	pod   attest.Pod
+	err   error
 	until time.Time
 }
 
 func newRecent(lasts time.Duration) recent {
-	return recent{lasts: lasts, known: map[[sha256.Size]byte]accepted{}}
+	return recent{lasts: lasts, known: map[[sha256.Size]byte]reviewed{}}
 }
 
-func (r *recent) get(sum [sha256.Size]byte, now time.Time) (attest.Pod, bool) {
+func (r *recent) get(sum [sha256.Size]byte, now time.Time) (reviewed, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a, ok := r.known[sum]
 	if !ok || !now.Before(a.until) {
-		return attest.Pod{}, false
+		return reviewed{}, false
 	}
-	return a.pod, true
+	return a, true
 }
 
-// put remembers a token until the time is over or the token is. When all room is taken by what is still good it is not remembered: the API server
+// put remembers it until the time is over or what is said. When all room is taken by what is still good it is not remembered: the API server
 // is asked again.
-func (r *recent) put(sum [sha256.Size]byte, pod attest.Pod, now, expires time.Time) {
+func (r *recent) put(sum [sha256.Size]byte, is reviewed, now, expires time.Time) {
 	until := now.Add(r.lasts)
 	if expires.Before(until) {
 		until = expires
@@ -58,6 +60,7 @@ func (r *recent) put(sum [sha256.Size]byte, pod attest.Pod, now, expires time.Ti
 		}
 	}
 	if len(r.known) < mostRecent {
-		r.known[sum] = accepted{pod, until}
+		is.until = until
+		r.known[sum] = is
 	}
 }

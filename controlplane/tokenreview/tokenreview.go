@@ -1,7 +1,11 @@
 // Package tokenreview attests pods by their ServiceAccount tokens, as the API server reviews them (authentication.k8s.io/v1 TokenReview).
 //
-//	token ──► claims: a token at all, ours, not over? ──► what was reviewed a moment ago? ──► TokenReview ──► pod
-//	               no: refused, and nobody is asked
+//	token ──► claims: a token at all, ours, not over? ──► what was reviewed a moment ago? ──► signed by a key of the API server? ──► TokenReview ──► pod
+//	               no: refused, and nobody is asked                                                no: the same
+//
+// Anybody who reaches the agents' port may show tokens, and the API server reviews only so many a second. So it is asked about none that it has not
+// signed: its public keys tell (its /openid/v1/jwks). That alone accepts nobody: whether the pod is still there only a review says. Where the
+// keys cannot be had all tokens are reviewed. One that is signed and refused is not asked about again for a second.
 //
 // A token is accepted if the API server says that it is authentic for our audience and tells the pod that it is bound to, by name and UID,
 // which it does for the projected tokens that kubelets get (serviceaccount tokens bound to pods, Kubernetes 1.22 and later). The
@@ -17,12 +21,14 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 
 	"github.com/mantlet/mantlet/identity/attest"
 )
@@ -47,7 +53,19 @@ type Config struct {
 	Audience string           // whose tokens are accepted; empty: attest.Audience
 	Remember time.Duration    // how long what was accepted is not asked again; zero: DefaultRemember; negative: not at all
 	Now      func() time.Time // nil: time.Now
+	// Keys fetches the API server's keys for tokens, a JSON Web Key Set; JWKS makes one. Nil: signatures are left to reviews.
+	Keys func(context.Context) ([]byte, error)
+	Log  *slog.Logger // nil: nothing is logged
 }
+
+// JWKS fetches the keys by a client of the API server, whose user has to be allowed to get the path /openid/v1/jwks (as ClusterRole
+// system:service-account-issuer-discovery says).
+func JWKS(c rest.Interface) func(context.Context) ([]byte, error) {
+	return func(ctx context.Context) ([]byte, error) { return c.Get().AbsPath("/openid/v1/jwks").DoRaw(ctx) }
+}
+
+// refusalLasts is how long a refusal of the API server is not asked for again: whoever has one token of a pod that is gone could spend all reviews on it.
+const refusalLasts = time.Second
 
 // DefaultRemember is as long as API servers themselves remember a review that succeeded.
 const DefaultRemember = 10 * time.Second
@@ -58,6 +76,7 @@ type Attestor struct {
 	audience string
 	now      func() time.Time
 	recent   recent
+	keys     *keys // nil: signatures are not looked at
 }
 
 var _ attest.Attestor = (*Attestor)(nil)
@@ -75,6 +94,12 @@ func New(cfg Config) *Attestor {
 		cfg.Remember = DefaultRemember
 	}
 	a.recent = newRecent(cfg.Remember)
+	if cfg.Keys != nil {
+		if cfg.Log == nil {
+			cfg.Log = slog.New(slog.DiscardHandler)
+		}
+		a.keys = &keys{fetch: cfg.Keys, now: a.now, log: cfg.Log}
+	}
 	return a
 }
 
@@ -89,8 +114,16 @@ func (a *Attestor) Attest(ctx context.Context, token string) (attest.Pod, error)
 		return refused(err)
 	}
 	sum := sha256.Sum256([]byte(token))
-	if pod, ok := a.recent.get(sum, now); ok {
-		return pod, nil
+	if r, ok := a.recent.get(sum, now); ok {
+		return r.pod, r.err
+	}
+	if a.keys != nil {
+		switch err := a.keys.signed(ctx, token); {
+		case errors.Is(err, errLater):
+			return attest.Pod{}, err
+		case err != nil:
+			return refused(err)
+		}
 	}
 	r, err := a.reviews.Create(ctx, &authenticationv1.TokenReview{
 		Spec: authenticationv1.TokenReviewSpec{Token: token, Audiences: []string{a.audience}}}, metav1.CreateOptions{})
@@ -99,9 +132,13 @@ func (a *Attestor) Attest(ctx context.Context, token string) (attest.Pod, error)
 	}
 	pod, err := a.boundTo(&r.Status)
 	if err != nil {
-		return refused(err)
+		pod, err = refused(err)
+		if a.keys != nil { // else forged ones would take the room
+			a.recent.put(sum, reviewed{err: err}, now, now.Add(refusalLasts))
+		}
+		return pod, err
 	}
-	a.recent.put(sum, pod, now, c.expires())
+	a.recent.put(sum, reviewed{pod: pod}, now, c.expires())
 	return pod, nil
 }
 

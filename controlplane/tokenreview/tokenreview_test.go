@@ -40,7 +40,7 @@ func jwt(t *testing.T, payload map[string]any) string {
 	return "e30." + base64.RawURLEncoding.EncodeToString(b) + ".c2ln"
 }
 
-func reviewed(pod, uid []string) authenticationv1.TokenReviewStatus {
+func accepting(pod, uid []string) authenticationv1.TokenReviewStatus {
 	return authenticationv1.TokenReviewStatus{Authenticated: true, Audiences: []string{attest.Audience}, User: authenticationv1.UserInfo{
 		Username: "system:serviceaccount:shop:api",
 		Extra:    map[string]authenticationv1.ExtraValue{extraPodName: pod, extraPodUID: uid},
@@ -50,7 +50,7 @@ func reviewed(pod, uid []string) authenticationv1.TokenReviewStatus {
 func TestAttest(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
 	good := map[string]any{"aud": []string{"other", attest.Audience}, "exp": now.Add(time.Hour).Unix()}
-	bound := reviewed([]string{"api-1"}, []string{"u1"})
+	bound := accepting([]string{"api-1"}, []string{"u1"})
 	change := func(f func(*authenticationv1.TokenReviewStatus)) authenticationv1.TokenReviewStatus {
 		s := *bound.DeepCopy()
 		f(&s)
@@ -78,9 +78,9 @@ func TestAttest(t *testing.T) {
 		{"not authentic, who knows why", jwt(t, good), authenticationv1.TokenReviewStatus{}, nil, 1, "no reason"},
 		{"an API server that knows no audiences", jwt(t, good), change(func(s *authenticationv1.TokenReviewStatus) { s.Audiences = nil }), nil, 1, `not for "mantlet"`},
 		{"a person", jwt(t, good), change(func(s *authenticationv1.TokenReviewStatus) { s.User.Username = "jane" }), nil, 1, "no ServiceAccount"},
-		{"bound to no pod", jwt(t, good), reviewed(nil, nil), nil, 1, "bound to no pod"},
-		{"without UID", jwt(t, good), reviewed([]string{"api-1"}, nil), nil, 1, "bound to no pod"},
-		{"of two pods", jwt(t, good), reviewed([]string{"api-1", "api-2"}, []string{"u1"}), nil, 1, "bound to no pod"},
+		{"bound to no pod", jwt(t, good), accepting(nil, nil), nil, 1, "bound to no pod"},
+		{"without UID", jwt(t, good), accepting([]string{"api-1"}, nil), nil, 1, "bound to no pod"},
+		{"of two pods", jwt(t, good), accepting([]string{"api-1", "api-2"}, []string{"u1"}), nil, 1, "bound to no pod"},
 	} {
 		s := &scripted{status: c.status, err: c.err}
 		pod, err := New(Config{Reviews: s, Now: func() time.Time { return now }}).Attest(t.Context(), c.token)
@@ -119,7 +119,7 @@ func TestRemember(t *testing.T) {
 		}
 	}
 	ask(long, 1, false)
-	s.status = reviewed([]string{"api-1"}, []string{"u1"})
+	s.status = accepting([]string{"api-1"}, []string{"u1"})
 	ask(long, 2, true)
 	ask(short, 3, true)
 	now = now.Add(3 * time.Second)
@@ -134,7 +134,7 @@ func TestRemember(t *testing.T) {
 // TestRememberIsBounded: more tokens than there is room for are asked for again, and room that has become free is used.
 func TestRememberIsBounded(t *testing.T) {
 	now := time.Unix(1_800_000_000, 0)
-	s := &scripted{status: reviewed([]string{"api-1"}, []string{"u1"})}
+	s := &scripted{status: accepting([]string{"api-1"}, []string{"u1"})}
 	a := New(Config{Reviews: s, Now: func() time.Time { return now }})
 	token := func(i int) string {
 		return jwt(t, map[string]any{"aud": attest.Audience, "exp": now.Add(time.Hour).Unix(), "jti": fmt.Sprint(i)})

@@ -46,6 +46,12 @@ func TestSmoke(t *testing.T) {
 	p.inForce("api-from-web")
 	p.want("denied, and in force everywhere", "stranger", traffic.Refused, p.direct("api"), p.service("api"))
 
+	// These pods' tokens were checked by the API server's keys, before it was asked about them.
+	log, err := w.Cluster.Kubectl(t.Context(), "", "-n", "mantlet-system", "logs", "--tail=-1", "-l", "app.kubernetes.io/name=mantlet")
+	if err != nil || !strings.Contains(log, "agents are served") || strings.Contains(log, "keys for tokens cannot be fetched") {
+		t.Errorf("the control plane's log: %v\n%s", err, log)
+	}
+
 	if o, err := w.Mantlet(t.Context(), "status", "-n", "shop"); err != nil || o.Code != 0 || !strings.Contains(o.Out, "api-from-web") {
 		t.Errorf("status: exit code %d, %v\n%s", o.Code, err, o.Out)
 	}
