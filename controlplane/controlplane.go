@@ -54,9 +54,10 @@ type ControlPlane struct {
 	givenChanged chan struct{}      // closed when given changes
 	bundle       *x509bundle.Bundle // that was given last
 	index        *policy.Index
-	changes      uint64               // counts what has changed index
-	hashes       map[string]string    // of the verdicts that are in force, by subject key; only of subjects that matter to somebody
-	rendered     map[string]*rendered // by subject key; only of subjects with sidecars
+	changes      uint64                   // counts what has changed index
+	moves        uint64                   // counts those changes that were about pods or services, and not about policy alone
+	hashes       map[string]policy.Hashes // of the verdicts that are in force, by subject key; only of subjects that matter to somebody
+	rendered     map[string]*rendered     // by subject key; only of subjects with sidecars
 	packets      packets
 	nodes        map[string]nodeResources // by node addresses
 	outbound     outbound
@@ -71,8 +72,7 @@ type ControlPlane struct {
 
 // rendered is what is made of one subject's verdicts.
 type rendered struct {
-	hash       string
-	egress     string // hash of the egress table
+	hashes     policy.Hashes
 	gate, rbac *server.Resource
 	verdicts   *server.Resource   // for the agent
 	sets       map[string]nodeSet // by node addresses
@@ -106,7 +106,7 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
 		given:    map[string]given{}, givenChanged: make(chan struct{}),
-		hashes:   map[string]string{},
+		hashes:   map[string]policy.Hashes{},
 		rendered: map[string]*rendered{},
 		packets:  packets{},
 		nodes:    map[string]nodeResources{},
@@ -143,6 +143,7 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
 	cp.changes++
+	cp.moves++
 	err := cp.index.ApplyAll(o)
 	cp.required.load(o.Namespaces)
 	cp.loaded = true
@@ -192,6 +193,9 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 
 // publish sends what a Delta has changed to whom it concerns.
 func (cp *ControlPlane) publish(d policy.Delta) error {
+	if len(d.Pods)+len(d.Services) > 0 {
+		cp.moves++
+	}
 	var errs []error
 	stale := map[string]bool{} // on-demand names
 	cp.published = map[string]bool{}
@@ -234,8 +238,8 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 	return errors.Join(errs...)
 }
 
-// publishChanged publishes to a subject's sidecars and, if its verdicts are other ones than before, notes the on-demand clusters that
-// rest on them: those that its sidecars hold, and those that lead to its pods, which may have no sidecar of their own.
+// publishChanged publishes to a subject's sidecars if its verdicts are other ones than before, and notes the on-demand clusters that rest on them:
+// on egress those that its sidecars hold, on ingress those that lead to its pods, which may have no sidecar of their own.
 func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error {
 	s := cp.index.SubjectByKey(key)
 	if s == nil {
@@ -245,13 +249,18 @@ func (cp *ControlPlane) publishChanged(key string, stale map[string]bool) error 
 		delete(cp.hashes, key) // whoever comes to rest on it is answered anew at its next change
 		return nil
 	}
-	hash := cp.index.Hash(key)
-	if cp.hashes[key] == hash {
+	before, now := cp.hashes[key], cp.index.Hashes(key)
+	if before == now {
 		return nil
 	}
-	cp.hashes[key] = hash
-	for _, pod := range s.Pods() {
-		cp.demand.collect(stale, podKey(pod))
+	cp.hashes[key] = now
+	for pod := range s.Names() {
+		if before.Ingress != now.Ingress {
+			cp.demand.collect(stale, podKey(pod))
+		}
+		if before.Egress == now.Egress {
+			continue
+		}
 		for _, name := range cp.xds.Subscriptions(server.Client(pod)) {
 			stale[name] = true
 		}
@@ -325,8 +334,8 @@ func (cp *ControlPlane) publishPod(p policy.Pod) error {
 func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	v := cp.index.Verdicts(p.Subject.Key)
 	r := cp.rendered[p.Subject.Key]
-	if hash := cp.index.Hash(p.Subject.Key); r == nil || r.hash != hash {
-		r = &rendered{hash: hash, egress: v.Egress.Hash(), sets: map[string]nodeSet{}}
+	if hashes := cp.index.Hashes(p.Subject.Key); r == nil || r.hashes != hashes {
+		r = &rendered{hashes: hashes, sets: map[string]nodeSet{}}
 		var err error
 		if r.gate, err = resource(xds.Gate(v)); err != nil {
 			return server.Set{}, err
@@ -351,7 +360,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	outbound, err := cp.outbound.listener(outboundKey{r.egress, node}, func() (*server.Resource, error) {
+	outbound, err := cp.outbound.listener(outboundKey{r.hashes.Egress, node}, func() (*server.Resource, error) {
 		return resource(xds.Outbound(v, cp.cluster, p.NodeIPs))
 	})
 	if err != nil {

@@ -29,30 +29,21 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 	if !cp.loaded {
 		return nil, false
 	}
-	d, ok := cp.index.DestinationFor(string(client), verdict.TCP, to)
-	admitted := cp.index.Admitted(string(client), d)
-	endpoints := make([]xds.Endpoint, 0, len(admitted))
-	for _, e := range admitted {
-		if capturePort(e.Addr) {
-			continue
-		}
-		id := e.ID
-		if !e.Sidecar || e.Pod == string(client) { // to itself a pod talks past its own capture
-			id = spiffeid.ID{}
-		}
-		endpoints = append(endpoints, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: e.Always})
+	reach := cp.index.Reach(string(client), verdict.TCP, to)
+	asked := cp.demand.asked[name]
+	if asked == nil || asked.noted != cp.moves { // else what it rests on has been noted already
+		asked = cp.demand.note(name, cp.restsOn(to))
+		asked.noted = cp.moves
 	}
-	if cp.demand.changes[name] != cp.changes { // else what it rests on has been noted for somebody else already
-		cp.demand.note(name, cp.restsOn(to))
-		cp.demand.changes[name] = cp.changes
+	asked.begin(cp.changes)
+	// What policy denies outside has no cluster, as if nobody had it.
+	if reach.Known && (!reach.Outside || len(reach.Endpoints) > 0 && !capturePort(to)) {
+		asked.known = true
 	}
-	if ok && (len(endpoints) > 0 || !d.Outside) { // what policy denies outside has no cluster, as if nobody had it
-		cp.demand.known[name] = true
-	}
-	if !cp.demand.known[name] {
+	if !asked.known {
 		return nil, false
 	}
-	r, err := cp.demand.cluster(name, endpoints, cp.sessions)
+	r, err := asked.cluster(name, client, reach, cp.sessions)
 	if err != nil {
 		cp.log.Error("an on-demand cluster cannot be made", "client", client, "cluster", name, "error", err)
 		return nil, false
@@ -95,45 +86,96 @@ func (cp *ControlPlane) forgetNames(list []string) {
 
 // demand remembers on what the answer for each on-demand name rests: the address, the service, the pods behind it.
 type demand struct {
-	depends map[string][]string                    // name → keys
-	names   map[string]map[string]bool             // key → names
-	known   map[string]bool                        // names that have stood for something while they were subscribed to
-	changes map[string]uint64                      // name → ControlPlane.changes when depends was noted
-	made    map[string]map[string]*server.Resource // name → endpoints → the cluster with these, for all who may reach the same
-	key     []byte                                 // of made, where it is written
+	asked map[string]*asked
+	names map[string]map[string]bool // key → names
 }
+
+// asked is what is known of an on-demand name.
+type asked struct {
+	rests []string // keys
+	noted uint64   // ControlPlane.moves when rests was noted
+	known bool     // it has stood for something while it was subscribed to
+
+	asOf    uint64                             // ControlPlane.changes of the following
+	reached map[*policy.Reach]*server.Resource // the cluster for all who get the very same answer
+	made    clusters
+	before  clusters // those of the change before: nearly always the same
+}
+
+// clusters are clusters of one name, by their endpoints: marshalled once for all who may reach the same.
+type clusters map[string]*server.Resource
 
 // maxMade bounds the clusters that are kept of one name since the last change: there is one for each set of endpoints that some client may reach.
 const maxMade = 64
 
 func newDemand() demand {
-	return demand{
-		depends: map[string][]string{}, names: map[string]map[string]bool{}, known: map[string]bool{}, changes: map[string]uint64{},
-		made: map[string]map[string]*server.Resource{},
-	}
+	return demand{asked: map[string]*asked{}, names: map[string]map[string]bool{}}
 }
 
-// cluster returns the on-demand cluster with these endpoints, marshalled once for everybody.
-func (d *demand) cluster(name string, endpoints []xds.Endpoint, sessions xds.Resumption) (*server.Resource, error) {
-	d.key = d.key[:0]
-	for _, e := range endpoints {
-		d.key = append(e.Addr.AppendTo(d.key), ' ')
-		d.key = append(append(d.key, e.ID.String()...), ' ')
-		d.key = append(append(d.key, e.Peer.String()...), ' ')
-		d.key = append(strconv.AppendBool(d.key, e.Always), '\n')
+// begin forgets the answers of an earlier change than this.
+func (a *asked) begin(change uint64) {
+	if a.asOf == change {
+		return
 	}
-	if r := d.made[name][string(d.key)]; r != nil {
+	a.asOf, a.reached = change, nil
+	a.before, a.made = a.made, nil
+}
+
+// cluster returns the on-demand cluster for a client.
+func (a *asked) cluster(name string, client server.Client, reach *policy.Reach, sessions xds.Resumption) (*server.Resource, error) {
+	if r := a.reached[reach]; r != nil {
 		return r, nil
 	}
-	r, err := resource(xds.OnDemand(name, endpoints, sessions))
-	if err != nil {
-		return nil, err
+	endpoints := endpointsFor(client, reach)
+	key := clusterKey(endpoints)
+	r := a.made[key]
+	if r == nil {
+		if r = a.before[key]; r == nil {
+			var err error
+			if r, err = resource(xds.OnDemand(name, endpoints, sessions)); err != nil {
+				return nil, err
+			}
+		}
+		if a.made == nil || len(a.made) >= maxMade {
+			a.made = clusters{}
+		}
+		a.made[key] = r
 	}
-	if d.made[name] == nil || len(d.made[name]) >= maxMade {
-		d.made[name] = map[string]*server.Resource{}
+	if !reach.Own {
+		if a.reached == nil || len(a.reached) >= maxMade {
+			a.reached = map[*policy.Reach]*server.Resource{}
+		}
+		a.reached[reach] = r
 	}
-	d.made[name][string(d.key)] = r
 	return r, nil
+}
+
+// endpointsFor are those of a cluster.
+func endpointsFor(client server.Client, reach *policy.Reach) []xds.Endpoint {
+	out := make([]xds.Endpoint, 0, len(reach.Endpoints))
+	for _, e := range reach.Endpoints {
+		if capturePort(e.Addr) {
+			continue
+		}
+		id := e.ID
+		if !e.Sidecar || e.Pod == string(client) { // to itself a pod talks past its own capture
+			id = spiffeid.ID{}
+		}
+		out = append(out, xds.Endpoint{Addr: e.Addr, ID: id, Peer: e.ID, Always: e.Always})
+	}
+	return out
+}
+
+// clusterKey is equal for equal endpoints.
+func clusterKey(endpoints []xds.Endpoint) string {
+	key := make([]byte, 0, 256)
+	for _, e := range endpoints {
+		key = append(e.Addr.AppendTo(key), ' ')
+		key = append(append(key, e.ID.String()...), ' ')
+		key = append(append(key, e.Peer.String()...), ' ')
+		key = append(strconv.AppendBool(key, e.Always), '\n')
+	}
+	return string(key)
 }
 
 func podKey(name string) string      { return "pod " + name }
@@ -141,34 +183,41 @@ func serviceKey(name string) string  { return "service " + name }
 func addrKey(a netip.Addr) string    { return "address " + a.String() }
 func nodePortKey(port uint16) string { return fmt.Sprint("node port ", port) }
 
-func (d *demand) note(name string, keys []string) {
+// note enters on what the answer for a name rests.
+func (d *demand) note(name string, keys []string) *asked {
+	a := d.asked[name]
+	if a == nil {
+		a = &asked{}
+		d.asked[name] = a
+	}
 	d.unlink(name)
-	delete(d.made, name) // what it was before nobody is sent again
-	d.depends[name] = keys
+	a.rests = keys
 	for _, k := range keys {
 		if d.names[k] == nil {
 			d.names[k] = map[string]bool{}
 		}
 		d.names[k][name] = true
 	}
+	return a
 }
 
 // forget is for a name that nobody asks for any more.
 func (d *demand) forget(name string) {
 	d.unlink(name)
-	delete(d.known, name)
-	delete(d.changes, name)
-	delete(d.made, name)
+	delete(d.asked, name)
 }
 
 func (d *demand) unlink(name string) {
-	for _, k := range d.depends[name] {
+	a := d.asked[name]
+	if a == nil {
+		return
+	}
+	for _, k := range a.rests {
 		delete(d.names[k], name)
 		if len(d.names[k]) == 0 {
 			delete(d.names, k)
 		}
 	}
-	delete(d.depends, name)
 }
 
 func (d *demand) collect(into map[string]bool, key string) {

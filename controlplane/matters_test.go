@@ -42,8 +42,8 @@ func TestWhoMattersIsCompiled(t *testing.T) {
 		}
 		return w.index.Compiles() - before, stale
 	}
-	if n, stale := touched(func() { w.apply(narrow("first")) }); n != 0 || len(stale) > 0 || w.hashes[key] != "" {
-		t.Errorf("nobody uses it: compiled %d times, stale %v, hash %q", n, stale, w.hashes[key])
+	if n, stale := touched(func() { w.apply(narrow("first")) }); n != 0 || len(stale) > 0 || w.hashes[key] != (policy.Hashes{}) {
+		t.Errorf("nobody uses it: compiled %d times, stale %v, hashes %q", n, stale, w.hashes[key])
 	}
 	client := server.Client(w.scale("api"))
 	name := "od|" + plain.Status.PodIPs[0].IP + ":80"
@@ -59,8 +59,8 @@ func TestWhoMattersIsCompiled(t *testing.T) {
 		}
 		w.changes++
 	}
-	if n, stale := touched(apply); n == 0 || !stale[name] || w.hashes[key] == "" {
-		t.Errorf("a sidecar uses it: compiled %d times, stale %v, hash %q", n, stale, w.hashes[key])
+	if n, stale := touched(apply); n == 0 || !stale[name] || w.hashes[key] == (policy.Hashes{}) {
+		t.Errorf("a sidecar uses it: compiled %d times, stale %v, hashes %q", n, stale, w.hashes[key])
 	}
 	if open, ok := w.Resolve(client, name); !ok || open.Version == closed.Version {
 		t.Errorf("the destination is answered as before (%t)", ok)

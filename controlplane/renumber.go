@@ -19,6 +19,7 @@ func (cp *ControlPlane) Renumber(pods, services []netip.Prefix, o *policy.Object
 	cp.cluster = slices.Concat(pods, services)
 	before := cp.index
 	cp.changes++
+	cp.moves++
 	cp.index = policy.NewIndex(cp.policy)
 	err := cp.index.ApplyAll(o)
 	cp.required.load(o.Namespaces)
@@ -40,7 +41,7 @@ func (cp *ControlPlane) Renumber(pods, services []netip.Prefix, o *policy.Object
 	cp.log.Info("the ranges of the cluster's addresses have changed; all verdicts are compiled anew", "pods", pods, "services", services)
 	err = errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys()}))
 	stale := map[string]bool{}
-	for name := range cp.demand.depends {
+	for name := range cp.demand.asked {
 		stale[name] = true
 	}
 	cp.refresh(stale)

@@ -3,6 +3,7 @@ package verdict
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"sort"
 	"strings"
 
@@ -200,15 +201,24 @@ func (e *Evaluator) decide(proto Protocol, port uint16, peer Peer) Decision {
 }
 
 func (e *Evaluator) lookup(proto Protocol, port uint16, peer Peer) (v Verdict, listed bool) {
-	if int(proto) >= len(e.spans) {
+	x := e.at(proto, port)
+	if x == nil {
 		return Verdict{}, false
+	}
+	return x.lookup(peer)
+}
+
+// at is who is listed at a port; nil: nobody is.
+func (e *Evaluator) at(proto Protocol, port uint16) *peerIndex {
+	if int(proto) >= len(e.spans) {
+		return nil
 	}
 	s := e.spans[proto]
 	i := sort.Search(len(s), func(i int) bool { return s[i].Last >= port })
 	if i == len(s) || s[i].First > port {
-		return Verdict{}, false
+		return nil
 	}
-	return e.blocks[s[i].block].lookup(peer)
+	return &e.blocks[s[i].block]
 }
 
 func (x *peerIndex) lookup(peer Peer) (v Verdict, listed bool) {
@@ -219,6 +229,23 @@ func (x *peerIndex) lookup(peer Peer) (v Verdict, listed bool) {
 		return v, true
 	}
 	return x.identified.lookup(peer.Addr)
+}
+
+// Anywhere reports whether a peer is judged alike wherever in its address family it is: no address that the evaluator knows has a part in the decision.
+// False: that cannot be said.
+func (e *Evaluator) Anywhere(proto Protocol, port uint16, id spiffeid.ID) bool {
+	x := e.at(proto, port)
+	return x == nil || x.anywhere(id)
+}
+
+func (x *peerIndex) anywhere(id spiffeid.ID) bool {
+	list := x.identified.list
+	if listed := x.ids.find(id); listed != nil {
+		list = listed.Addresses
+	} else if id.IsZero() {
+		list = x.anonymous.list
+	}
+	return !slices.ContainsFunc(list, func(p Prefix) bool { return p.Prefix.Bits() > 0 })
 }
 
 // nearest finds a rule that admits the peer on other ports.

@@ -20,18 +20,21 @@ func (x *Index) Verdicts(key string) *verdict.Verdicts {
 	return s.verdicts
 }
 
-// Hash returns the content hash of what is compiled for a subject, and "" for a key that no pod has (any more). It is made once for
-// each compilation: writing the verdicts down to hash them costs more than most else on the way of a change.
-func (x *Index) Hash(key string) string {
+// Hashes are content hashes of the two directions of what is compiled for a subject: all that changes of it while the subject is there.
+type Hashes struct{ Ingress, Egress string }
+
+// Hashes returns those of a subject, and none for a key that no pod has (any more). They are made once for each compilation: writing the verdicts
+// down to hash them costs more than most else on the way of a change.
+func (x *Index) Hashes(key string) Hashes {
 	s := x.subjects[key]
 	if s == nil {
-		return ""
+		return Hashes{}
 	}
 	x.bring(s)
-	if s.hash == "" {
-		s.hash = s.verdicts.Hash()
+	if s.hashes == (Hashes{}) {
+		s.hashes = Hashes{s.verdicts.Ingress.Hash(), s.verdicts.Egress.Hash()}
 	}
-	return s.hash
+	return s.hashes
 }
 
 // bring compiles a subject that is dirty.
@@ -40,7 +43,7 @@ func (x *Index) bring(s *Subject) {
 		return
 	}
 	var u uses
-	s.verdicts, s.hash, s.deciders = x.compile(s, &u), "", [2]*verdict.Evaluator{}
+	s.verdicts, s.hashes, s.deciders = x.compile(s, &u), Hashes{}, [2]*verdict.Evaluator{}
 	slices.SortFunc(u.selectors, compareSelectors)
 	u.selectors = slices.CompactFunc(u.selectors, func(a, b *peerSelector) bool { return a.key == b.key })
 	x.read(s, u)
@@ -122,11 +125,12 @@ type Answer struct {
 // Answer decides a connection from a pod ("namespace/name") to an address after service load balancing: what the sidecars of both
 // ends, where they have one, make of it.
 func (x *Index) Answer(from string, proto verdict.Protocol, to netip.AddrPort) Answer {
-	return x.answer(from, proto, to, (*verdict.Evaluator).Decide)
+	a, _ := x.answer(from, proto, to, (*verdict.Evaluator).Decide)
+	return a
 }
 
-// admits is Answer without the reason.
-func (x *Index) admits(from string, proto verdict.Protocol, to netip.AddrPort) Answer {
+// admits is Answer without the reason. own says that another pod of the client's subject might get another answer.
+func (x *Index) admits(from string, proto verdict.Protocol, to netip.AddrPort) (a Answer, own bool) {
 	return x.answer(from, proto, to, func(e *verdict.Evaluator, proto verdict.Protocol, port uint16, peer verdict.Peer) verdict.Decision {
 		return verdict.Decision{Allowed: e.Allows(proto, port, peer)}
 	})
@@ -135,28 +139,32 @@ func (x *Index) admits(from string, proto verdict.Protocol, to netip.AddrPort) A
 // decider decides for one end: with or without a reason.
 type decider func(e *verdict.Evaluator, proto verdict.Protocol, port uint16, peer verdict.Peer) verdict.Decision
 
-func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, decide decider) Answer {
+func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, decide decider) (a Answer, own bool) {
 	src, ok := x.pods[from]
 	if !ok {
-		return Answer{Reason: verdict.Reason{Text: "there is no pod " + from}}
+		return Answer{Reason: verdict.Reason{Text: "there is no pod " + from}}, true
 	}
 	addr := to.Addr().Unmap()
 	dst := x.owner(addr)
 	switch {
 	case src == dst:
-		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}
+		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}, true
 	case dst == nil && src.sidecar && x.services.owner(addr) != nil: // as an endpoint it would be balanced once more, past all policy
-		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}
+		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}, true
 	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // so would this, and come from a node, which is admitted everywhere on it
-		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}
+		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}, true
 	case dst == nil && slices.Contains(src.hostIPs, addr):
-		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}
+		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}, true
 	case dst == nil && src.sidecar && x.inPodNetwork(addr):
-		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + addr.String()}}
+		return Answer{Reason: verdict.Reason{Text: "no pod has the address " + addr.String()}}, true
+	}
+	// What is no pod's may be another's own node, and what is a replica's is another's self.
+	own = !src.sidecar || dst == nil || dst.subject == src.subject
+	switch {
 	case !sourceAddr(src, addr).IsValid():
-		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}
+		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}, own
 	case !src.sidecar && (dst == nil || !dst.sidecar):
-		return Answer{Allowed: true, Reason: verdict.Reason{Text: "not enforced: no end has a sidecar"}}
+		return Answer{Allowed: true, Reason: verdict.Reason{Text: "not enforced: no end has a sidecar"}}, own
 	}
 	var reason verdict.Reason
 	if src.sidecar {
@@ -169,7 +177,7 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 		}
 		d := decide(src.subject.egress(), proto, to.Port(), peer)
 		if !d.Allowed || dst == nil {
-			return Answer{Allowed: d.Allowed, Reason: d.Reason}
+			return Answer{Allowed: d.Allowed, Reason: d.Reason}, own
 		}
 		reason = d.Reason
 	}
@@ -179,10 +187,11 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 		peer.ID = src.ident.id
 	}
 	d := decide(dst.subject.ingress(), proto, to.Port(), peer)
+	own = own || !dst.subject.ingress().Anywhere(proto, to.Port(), peer.ID)
 	if d.Allowed && d.Reason.Policy == "" && reason.Policy != "" {
 		d.Reason = reason // ingress is open; what admits is the egress rule
 	}
-	return Answer{Allowed: d.Allowed, Authenticated: d.Allowed && proto == verdict.TCP && src.sidecar && dst.sidecar, Reason: d.Reason}
+	return Answer{Allowed: d.Allowed, Authenticated: d.Allowed && proto == verdict.TCP && src.sidecar && dst.sidecar, Reason: d.Reason}, own
 }
 
 // AnswerOutside decides a connection to a pod from an address that is no pod's.

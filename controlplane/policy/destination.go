@@ -39,6 +39,8 @@ type Destination struct {
 	Outside bool
 	// Sticky says that all connections of a client go to one and the same endpoint (sessionAffinity: ClientIP); see Admitted.
 	Sticky bool
+
+	own bool // where the client is has a part in it, or could have had
 }
 
 // Destination looks up a service's cluster IP and port, or a pod's address with any port, for nobody in particular: nodes and zones
@@ -55,20 +57,22 @@ func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.A
 		return x.destination(proto, to, place{})
 	}
 	at := place{node: p.node, zone: x.zones[p.node]}
-	if d, ok := x.destination(proto, to, at); ok {
+	d, ok := x.destination(proto, to, at)
+	if ok {
 		return d, true
 	}
 	addr := to.Addr().Unmap()
 	if node, ok := x.nodeAt(addr, p); ok {
 		if d, ok := x.atNodePort(proto, to, node, at); ok {
+			d.own = true // to a pod of another node it may be another one
 			return d, true
 		}
 	}
 	own := slices.Contains(p.hostIPs, addr)
 	if !own && x.inside(addr) {
-		return Destination{}, false
+		return Destination{own: true}, false
 	}
-	return Destination{Protocol: proto, Outside: !own, Endpoints: []Endpoint{{Addr: netip.AddrPortFrom(addr, to.Port())}}}, true
+	return Destination{Protocol: proto, Outside: !own, Endpoints: []Endpoint{{Addr: netip.AddrPortFrom(addr, to.Port())}}, own: true}, true
 }
 
 // DestinationForAny holds all that DestinationFor may say to anybody: on what those answers rest.
@@ -106,17 +110,25 @@ func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from plac
 // a client only to the new one, or away from the one that went. Unlike a service proxy's, which forgets a client after
 // spec.sessionAffinityConfig.clientIP.timeoutSeconds without a connection, this choice has nothing to forget and never times out.
 func (x *Index) Admitted(client string, d Destination) []Endpoint {
-	out := make([]Endpoint, 0, len(d.Endpoints))
+	out, _ := x.admitted(client, d)
+	return out
+}
+
+// admitted is Admitted. own says that something of the client alone has a part in it, beside its subject.
+func (x *Index) admitted(client string, d Destination) (out []Endpoint, own bool) {
+	out = make([]Endpoint, 0, len(d.Endpoints))
 	for _, e := range d.Endpoints {
-		if a := x.admits(client, d.Protocol, e.Addr); a.Allowed {
+		a, alone := x.admits(client, d.Protocol, e.Addr)
+		own = own || alone
+		if a.Allowed {
 			e.Always = a.Always
 			out = append(out, e)
 		}
 	}
 	if p := x.pods[client]; d.Sticky && len(out) > 1 {
-		out = []Endpoint{stick(sourceAddr(p, out[0].Addr.Addr()), out)}
+		return []Endpoint{stick(sourceAddr(p, out[0].Addr.Addr()), out)}, true
 	}
-	return out
+	return out, own
 }
 
 // stick chooses by rendezvous hashing: the endpoint of which the hash with the client's address is the greatest. The port is
@@ -148,8 +160,7 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 	var out []ServicePort
 	add := func(at netip.AddrPort) {
 		sp := ServicePort{Addr: at}
-		d, _ := x.DestinationFor(client, proto, at)
-		for _, e := range x.Admitted(client, d) {
+		for _, e := range x.Reach(client, proto, at).Endpoints {
 			sp.Endpoints = append(sp.Endpoints, e.Addr)
 		}
 		out = append(out, sp)
@@ -226,8 +237,9 @@ func (x *Index) behind(v *service, p servicePort, v4 bool, from place) Destinati
 	if !slices.ContainsFunc(all, usable) {
 		usable = func(c candidate) bool { return c.leaving && near(c) }
 	}
-	d := Destination{Service: v.key, Protocol: p.protocol, Local: v.local, Sticky: v.sticky, Endpoints: make([]Endpoint, 0, len(all))}
+	d := Destination{Service: v.key, Protocol: p.protocol, Local: v.local, Sticky: v.sticky, Endpoints: make([]Endpoint, 0, len(all)), own: v.local}
 	for _, c := range all {
+		d.own = d.own || len(c.forNodes)+len(c.forZones) > 0
 		if usable(c) {
 			d.Endpoints = append(d.Endpoints, c.Endpoint)
 		} else {

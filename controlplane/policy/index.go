@@ -60,6 +60,7 @@ type Index struct {
 	readers readers
 
 	packets packetIndex
+	reached map[question]*Reach // since the last change
 
 	dirty    map[string]bool // keys of subjects to compile
 	compiles int
@@ -121,6 +122,7 @@ func NewIndex(c Config) *Index {
 		outside:        map[netip.Addr]struct{}{},
 		readers:        newReaders(),
 		packets:        newPacketIndex(),
+		reached:        map[question]*Reach{},
 		dirty:          map[string]bool{},
 	}
 }
@@ -199,6 +201,7 @@ func (x *Index) finish(c *change) Delta {
 
 // settle marks what a change has touched in the index itself.
 func (x *Index) settle(c *change) {
+	clear(x.reached)
 	for k := range c.subjects {
 		if _, ok := x.subjects[k]; !ok {
 			delete(c.subjects, k)

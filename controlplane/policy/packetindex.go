@@ -147,7 +147,9 @@ func (x *Index) touchPackets(c *change) {
 		}
 	}
 	for s := range touched {
-		s.packets = nil
+		if s.packets != nil {
+			s.packets.touched = true
+		}
 		for name := range s.pods {
 			c.packets[name] = true
 		}

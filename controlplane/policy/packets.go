@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -36,25 +35,30 @@ func (x *Index) Packets(name string) *verdict.Packets {
 	}
 	s := p.subject
 	x.bring(s)
-	if s.packets == nil {
-		s.packets = &packetPolicy{ingress: x.packetIngress(p), shared: map[string]*verdict.Packets{}}
+	alike := len(x.packets.restricting) == 0 // else they may look at the very address that p sends from, which its replicas do not share
+	if s.packets == nil || s.packets.touched || alike && s.packets.egress == nil {
+		s.packets = x.packetPolicy(p, alike)
 		x.packets.note(s)
 	}
-	out := &verdict.Packets{Node: sortedAddrs(p.hostIPs), Ingress: s.packets.ingress, Services: x.packetServices(p)}
-	if len(x.packets.restricting) > 0 { // they may look at the very address that p sends from, which its replicas do not share
+	out := &verdict.Packets{Node: sortedAddrs(p.hostIPs), Ingress: s.packets.ingress, Egress: s.packets.egress, Services: x.packetServices(p)}
+	if !alike {
 		out.Egress = x.packetEgress(p)
 		return out
 	}
-	if s.packets.egress == nil {
-		s.packets.egress = x.packetEgress(p)
-	}
-	out.Egress = s.packets.egress
-	key := fmt.Sprint(out.Node, out.Services)
-	if is := s.packets.shared[key]; is != nil {
+	return s.packets.share(out)
+}
+
+// packetPolicy makes the packets of a pod's subject. Where they come out as they were, whatever touched them, so do the values that are shared.
+func (x *Index) packetPolicy(p *pod, alike bool) *packetPolicy {
+	is := &packetPolicy{ingress: x.packetIngress(p), shared: map[string]*verdict.Packets{}}
+	if !alike {
 		return is
 	}
-	s.packets.shared[key] = out
-	return out
+	is.egress = x.packetEgress(p)
+	if was := p.subject.packets; was != nil && was.egress != nil && equalBlocks(was.ingress, is.ingress) && equalBlocks(was.egress, is.egress) {
+		is.ingress, is.egress, is.before = was.ingress, was.egress, was.shared
+	}
+	return is
 }
 
 // packetServices are the services of which a pod may use an endpoint.
@@ -93,10 +97,41 @@ func (x *Index) closeServices(decided map[netip.Prefix]bool) {
 	}
 }
 
-// packetPolicy is a subject's packets, as long as they are true. It is made as they are asked for.
+// packetPolicy is a subject's packets. It is made as they are asked for.
 type packetPolicy struct {
-	ingress, egress []verdict.PacketBlock
+	ingress, egress []verdict.PacketBlock       // egress is nil where each pod has its own
 	shared          map[string]*verdict.Packets // by what is not of the subject: the node's addresses, services
+	before          map[string]*verdict.Packets // those of the policy before this one, which was the same
+	touched         bool                        // a change may have made it untrue
+}
+
+// share returns a value that was made of the policy, or the one that is there already with the same services and on the same node.
+func (p *packetPolicy) share(v *verdict.Packets) *verdict.Packets {
+	key := make([]byte, 0, 128)
+	for _, a := range v.Node {
+		key = append(a.AppendTo(key), ' ')
+	}
+	for i := range v.Services {
+		s := &v.Services[i]
+		key = s.Addr.AppendTo(append(key, '\n', byte(s.Protocol)))
+		for _, e := range s.Endpoints {
+			key = e.AppendTo(append(key, ' '))
+		}
+	}
+	if is := p.shared[string(key)]; is != nil {
+		return is
+	}
+	if is := p.before[string(key)]; is != nil {
+		v = is
+	}
+	p.shared[string(key)] = v
+	return v
+}
+
+func equalBlocks(a, b []verdict.PacketBlock) bool {
+	return slices.EqualFunc(a, b, func(p, q verdict.PacketBlock) bool {
+		return p.Protocol == q.Protocol && slices.Equal(p.Ports, q.Ports) && slices.Equal(p.Peers, q.Peers)
+	})
 }
 
 func sortedAddrs(as []netip.Addr) []netip.Addr {

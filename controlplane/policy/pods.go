@@ -83,7 +83,7 @@ type Subject struct {
 	pods     map[string]*pod
 	uses     uses
 	verdicts *verdict.Verdicts
-	hash     string                // of verdicts; empty: nobody has asked yet
+	hashes   Hashes                // of verdicts; none: nobody has asked yet
 	deciders [2]*verdict.Evaluator // nil: nobody has asked; see ingress, egress
 
 	packets     *packetPolicy // nil: nobody has asked since a change touched it

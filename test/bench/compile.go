@@ -35,7 +35,7 @@ func runIndex(c planeConfig) (r reply, err error) {
 		return r, err
 	}
 	for _, key := range index.SubjectKeys() {
-		if index.Hash(key) == "" {
+		if index.Hashes(key) == (policy.Hashes{}) {
 			return r, fmt.Errorf("subject %s has no verdicts", key)
 		}
 	}

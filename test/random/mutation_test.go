@@ -260,7 +260,10 @@ func (m *mutant) compare(fresh, x *policy.Index, after reading) string {
 		}
 		for _, p := range m.Objects.Pods {
 			a, _ := fresh.DestinationFor(key(p), verdict.TCP, to)
-			b, _ := x.DestinationFor(key(p), verdict.TCP, to)
+			b, known := x.DestinationFor(key(p), verdict.TCP, to)
+			if got, want := x.Reach(key(p), verdict.TCP, to), x.Admitted(key(p), b); got.Known != known || !slices.Equal(got.Endpoints, want) {
+				return fmt.Sprintf("%s is to %s what it is to a replica, %+v, but asked alone %+v (%t)", to, key(p), *got, want, known)
+			}
 			if fmt.Sprint(a, fresh.Admitted(key(p), a)) != fmt.Sprint(b, x.Admitted(key(p), b)) {
 				return fmt.Sprintf("%s stands for %+v to %s, and a fresh index says %+v", to, b, key(p), a)
 			}

@@ -223,7 +223,7 @@ func fromKey(c oracle.Conn) string {
 func hashes(x *policy.Index) map[string]string {
 	out := map[string]string{}
 	for _, k := range x.SubjectKeys() {
-		out[k] = x.Hash(k)
+		out[k] = fmt.Sprint(x.Hashes(k))
 	}
 	return out
 }

@@ -97,7 +97,7 @@ func (r *recorded) state(services []*corev1.Service) map[string]string {
 func state(x *policy.Index, services []*corev1.Service) map[string]string {
 	out := map[string]string{}
 	for _, key := range x.SubjectKeys() {
-		out["verdicts of "+key] = x.Hash(key)
+		out["verdicts of "+key] = fmt.Sprint(x.Hashes(key))
 	}
 	for _, name := range x.PodNames() {
 		p, _ := x.Pod(name)
