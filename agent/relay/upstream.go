@@ -59,6 +59,10 @@ func (c *Connection) NewStream(ctx context.Context, desc *grpc.StreamDesc, metho
 	return stream, nil
 }
 
+// planeWindow is how many bytes the control plane may send ahead. It is fixed: to find a better one gRPC would answer each response with a ping, which
+// costs the control plane as much as the ACK does.
+const planeWindow = 1 << 20
+
 // Invoke implements grpc.ClientConnInterface. The relay makes no such calls.
 func (c *Connection) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
 	return status.Error(codes.Unimplemented, "streams only")
@@ -89,6 +93,8 @@ func (u Upstream) Connect() (*Connection, error) {
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithStaticStreamWindowSize(planeWindow),
+		grpc.WithStaticConnWindowSize(planeWindow),
 	}
 	c := &Connection{open: func() (*grpc.ClientConn, error) {
 		conn, err := grpc.NewClient("passthrough:///"+u.Address, options...)

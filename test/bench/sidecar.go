@@ -100,7 +100,8 @@ func (s *simulated) stream(ctx context.Context) error {
 	config.MinVersion = tls.VersionTLS13
 	conn, err := grpc.NewClient("passthrough:///"+s.address, grpc.WithTransportCredentials(credentials.NewTLS(config)), grpc.WithDisableServiceConfig(),
 		grpc.WithPerRPCCredentials(attest.Bearer(func() (string, error) { return tokenOf(s.pod), nil })), grpc.WithNoProxy(),
-		grpc.WithStatsHandler(counter{s}), grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10))
+		grpc.WithStatsHandler(counter{s}), grpc.WithReadBufferSize(8<<10), grpc.WithWriteBufferSize(8<<10),
+		grpc.WithStaticStreamWindowSize(1<<20), grpc.WithStaticConnWindowSize(1<<20))
 	if err != nil {
 		return err
 	}

@@ -52,23 +52,44 @@ type compressor struct {
 
 	writing sync.Mutex
 	writer  *gzip.Writer // one for all: it has 800 KB, and what is new is seldom
+
+	messages sync.Pool // of *message, whose memory is used again
 }
 
 func (c *compressor) Compress(w io.Writer) (io.WriteCloser, error) {
-	return &message{compressor: c, out: w}, nil
+	m, _ := c.messages.Get().(*message)
+	if m == nil {
+		m = &message{compressor: c}
+	}
+	m.out = w
+	return m, nil
 }
 
 // message is one message on its way out. It is written when it is complete.
 type message struct {
 	*compressor
 	out   io.Writer
-	plain bytes.Buffer
+	plain []byte
+	rest  []byte // as it is written
 }
 
-func (m *message) Write(p []byte) (int, error) { return m.plain.Write(p) }
+func (m *message) Write(p []byte) (int, error) {
+	m.plain = append(m.plain, p...)
+	return len(p), nil
+}
 
+// Close writes the message, after which it is another one's: gRPC closes it once, and does not touch it any more.
 func (m *message) Close() error {
-	b := m.plain.Bytes()
+	err := m.write()
+	if m.out = nil; max(cap(m.plain), cap(m.rest)) <= mostKept {
+		m.plain, m.rest = m.plain[:0], m.rest[:0]
+		m.messages.Put(m)
+	}
+	return err
+}
+
+func (m *message) write() error {
+	b := m.plain
 	n := sharedEnd(b)
 	if n >= worthwhile && n <= mostCompressed {
 		member, err := m.member(b[:n])
@@ -80,7 +101,8 @@ func (m *message) Close() error {
 		}
 		b = b[n:]
 	}
-	_, err := m.out.Write(stored(b))
+	m.rest = stored(m.rest, b)
+	_, err := m.out.Write(m.rest)
 	return err
 }
 
@@ -150,9 +172,9 @@ func (c *compressor) keep(key [sha256.Size]byte, member []byte) {
 // maxStored is the most that one stored block can hold (RFC 1951, 3.2.4).
 const maxStored = 1<<16 - 1
 
-// stored is a gzip member that holds something as it is.
-func stored(b []byte) []byte {
-	out := make([]byte, 0, len(b)+32)
+// stored appends a gzip member that holds something as it is.
+func stored(out, b []byte) []byte {
+	out = slices.Grow(out, len(b)+32)
 	out = append(out, 0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255) // deflate, no name, no time, unknown system
 	for rest := b; ; {
 		block := rest[:min(len(rest), maxStored)]

@@ -107,6 +107,9 @@ const (
 	// maxStreams bounds the calls under way on one connection, before anybody knows whose it is; an agent has one stream, and one call for its
 	// certificate.
 	maxStreams = 16
+	// window is how much a client may send ahead, on each stream and in all; its requests are short, but for the first ones after a reconnect. It is
+	// fixed: to find a better one gRPC would answer every ACK with a ping.
+	window = 64 << 10
 	// maxHeaders bounds the metadata of a call: a token has some KiB, attest reads at most 16.
 	maxHeaders = 64 << 10
 )
@@ -123,6 +126,8 @@ func ServerOptions() []grpc.ServerOption { //nolint:revive // Options would be r
 		// gRPC's default, would be most of what a sidecar costs. TLS has a buffer of its own to read from.
 		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(8 << 10),
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	}
