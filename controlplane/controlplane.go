@@ -59,6 +59,8 @@ type ControlPlane struct {
 	hashes       map[string]policy.Hashes // of the verdicts that are in force, by subject key; only of subjects that matter to somebody
 	rendered     map[string]*rendered     // by subject key; only of subjects with sidecars
 	packets      packets
+	resources    packetResources
+	sweepPackets int                      // how many packetResources there may be before those of no use are taken out
 	nodes        map[string]nodeResources // by node addresses
 	outbound     outbound
 	static       []*server.Resource // clusters, the same for everybody
@@ -106,13 +108,14 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		log:      c.Log,
 		index:    policy.NewIndex(c.Policy),
 		given:    map[string]given{}, givenChanged: make(chan struct{}),
-		hashes:   map[string]policy.Hashes{},
-		rendered: map[string]*rendered{},
-		packets:  packets{},
-		nodes:    map[string]nodeResources{},
-		outbound: outbound{},
-		demand:   newDemand(),
-		required: requiring{},
+		hashes:    map[string]policy.Hashes{},
+		rendered:  map[string]*rendered{},
+		packets:   packets{},
+		resources: packetResources{},
+		nodes:     map[string]nodeResources{},
+		outbound:  outbound{},
+		demand:    newDemand(),
+		required:  requiring{},
 	}
 	for _, cl := range xds.Clusters() {
 		r, err := resource(cl)
@@ -352,7 +355,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	node := fmt.Sprint(p.NodeIPs)
+	node := nodeKey(p.NodeIPs)
 	if is, ok := r.sets[node]; ok && is.packets == packets {
 		return is.set, nil
 	}

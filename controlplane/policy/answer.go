@@ -69,6 +69,9 @@ func (s *Subject) egress() *verdict.Evaluator {
 // Compiles counts the compilations so far: the work that changes have caused.
 func (x *Index) Compiles() int { return x.compiles }
 
+// Addressed counts the addresses that were looked at so far for packets: the work that comes of judging by address.
+func (x *Index) Addressed() int { return x.packets.addressed }
+
 // Subject returns the subject of a pod ("namespace/name"), or nil if there is no such pod.
 func (x *Index) Subject(pod string) *Subject {
 	p := x.pods[pod]

@@ -202,6 +202,7 @@ func (x *Index) finish(c *change) Delta {
 // settle marks what a change has touched in the index itself.
 func (x *Index) settle(c *change) {
 	clear(x.reached)
+	clear(x.packets.ingress)
 	for k := range c.subjects {
 		if _, ok := x.subjects[k]; !ok {
 			delete(c.subjects, k)

@@ -20,6 +20,12 @@ type packetIndex struct {
 	restricting map[string]bool
 	serving     map[string][]netip.Addr // services ("namespace/name") with ports of UDP or SCTP, and their addresses outside the service network
 	contested   map[netip.Addr]bool     // cluster IPs that two services claim
+
+	ingress map[packetQuestion]*packetSide // since the last change
+	sides   interned[digest, packetSide]
+	values  interned[sharing, verdict.Packets]
+
+	addressed int // counts addresses that were looked at for packets
 }
 
 // packetPeer is what the packets of others rest on.
@@ -33,7 +39,8 @@ type packetPeer struct {
 
 func newPacketIndex() packetIndex {
 	return packetIndex{naming: map[spiffeid.ID]map[*Subject]bool{}, everyone: map[*Subject]bool{}, admitting: map[*Subject]bool{}, seen: map[string]packetPeer{},
-		restricting: map[string]bool{}, serving: map[string][]netip.Addr{}, contested: map[netip.Addr]bool{}}
+		restricting: map[string]bool{}, serving: map[string][]netip.Addr{}, contested: map[netip.Addr]bool{},
+		ingress: map[packetQuestion]*packetSide{}}
 }
 
 // note enters whom the packets of a subject, whose verdicts are compiled, name.
@@ -147,9 +154,7 @@ func (x *Index) touchPackets(c *change) {
 		}
 	}
 	for s := range touched {
-		if s.packets != nil {
-			s.packets.touched = true
-		}
+		s.packets = nil
 		for name := range s.pods {
 			c.packets[name] = true
 		}

@@ -11,8 +11,8 @@ import (
 )
 
 // Packets resolves the verdicts of a pod ("namespace/name") on UDP and SCTP to the addresses that identities have now. It returns the
-// zero value, which denies, if there is no such pod. The value is shared and must not be changed: pods of a subject on one node have the very
-// same, until a Delta names them under Packets.
+// zero value, which denies, if there is no such pod. The value is shared and must not be changed: pods on one node of which the packets say the same
+// have the very same, as long as somebody holds it.
 //
 // An address is all that speaks for a peer here, so the pod that owns it counts as the peer, with whatever identity it has:
 //
@@ -36,29 +36,18 @@ func (x *Index) Packets(name string) *verdict.Packets {
 	s := p.subject
 	x.bring(s)
 	alike := len(x.packets.restricting) == 0 // else they may look at the very address that p sends from, which its replicas do not share
-	if s.packets == nil || s.packets.touched || alike && s.packets.egress == nil {
-		s.packets = x.packetPolicy(p, alike)
+	if s.packets == nil || alike && s.packets.egress == nil {
+		s.packets = &packetPolicy{ingress: x.packetIngress(p)}
+		if alike {
+			s.packets.egress = x.packetEgress(p)
+		}
 		x.packets.note(s)
 	}
-	out := &verdict.Packets{Node: sortedAddrs(p.hostIPs), Ingress: s.packets.ingress, Egress: s.packets.egress, Services: x.packetServices(p)}
+	in, eg := s.packets.ingress, s.packets.egress
 	if !alike {
-		out.Egress = x.packetEgress(p)
-		return out
+		eg = x.packetEgress(p)
 	}
-	return s.packets.share(out)
-}
-
-// packetPolicy makes the packets of a pod's subject. Where they come out as they were, whatever touched them, so do the values that are shared.
-func (x *Index) packetPolicy(p *pod, alike bool) *packetPolicy {
-	is := &packetPolicy{ingress: x.packetIngress(p), shared: map[string]*verdict.Packets{}}
-	if !alike {
-		return is
-	}
-	is.egress = x.packetEgress(p)
-	if was := p.subject.packets; was != nil && was.egress != nil && equalBlocks(was.ingress, is.ingress) && equalBlocks(was.egress, is.egress) {
-		is.ingress, is.egress, is.before = was.ingress, was.egress, was.shared
-	}
-	return is
+	return x.packets.share(in, eg, &verdict.Packets{Node: sortedAddrs(p.hostIPs), Ingress: in.blocks, Egress: eg.blocks, Services: x.packetServices(p)})
 }
 
 // packetServices are the services of which a pod may use an endpoint.
@@ -97,41 +86,9 @@ func (x *Index) closeServices(decided map[netip.Prefix]bool) {
 	}
 }
 
-// packetPolicy is a subject's packets. It is made as they are asked for.
+// packetPolicy is a subject's packets, as long as they are true. It is made as they are asked for.
 type packetPolicy struct {
-	ingress, egress []verdict.PacketBlock       // egress is nil where each pod has its own
-	shared          map[string]*verdict.Packets // by what is not of the subject: the node's addresses, services
-	before          map[string]*verdict.Packets // those of the policy before this one, which was the same
-	touched         bool                        // a change may have made it untrue
-}
-
-// share returns a value that was made of the policy, or the one that is there already with the same services and on the same node.
-func (p *packetPolicy) share(v *verdict.Packets) *verdict.Packets {
-	key := make([]byte, 0, 128)
-	for _, a := range v.Node {
-		key = append(a.AppendTo(key), ' ')
-	}
-	for i := range v.Services {
-		s := &v.Services[i]
-		key = s.Addr.AppendTo(append(key, '\n', byte(s.Protocol)))
-		for _, e := range s.Endpoints {
-			key = e.AppendTo(append(key, ' '))
-		}
-	}
-	if is := p.shared[string(key)]; is != nil {
-		return is
-	}
-	if is := p.before[string(key)]; is != nil {
-		v = is
-	}
-	p.shared[string(key)] = v
-	return v
-}
-
-func equalBlocks(a, b []verdict.PacketBlock) bool {
-	return slices.EqualFunc(a, b, func(p, q verdict.PacketBlock) bool {
-		return p.Protocol == q.Protocol && slices.Equal(p.Ports, q.Ports) && slices.Equal(p.Peers, q.Peers)
-	})
+	ingress, egress *packetSide // egress is nil where each pod has its own
 }
 
 func sortedAddrs(as []netip.Addr) []netip.Addr {
@@ -140,7 +97,8 @@ func sortedAddrs(as []netip.Addr) []netip.Addr {
 	return slices.Compact(out)
 }
 
-func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
+// ingressBlocks rests on nothing of a pod but what is in a packetQuestion.
+func (x *Index) ingressBlocks(p *pod) []verdict.PacketBlock {
 	table, evaluator := &p.subject.verdicts.Ingress, p.subject.ingress()
 	peers := x.addressed(p, x.named(table))
 	return packetBlocks([]*verdict.Table{table}, func(proto verdict.Protocol, port uint16) []verdict.PacketPrefix {
@@ -154,7 +112,9 @@ func (x *Index) packetIngress(p *pod) []verdict.PacketBlock {
 	})
 }
 
-func (x *Index) packetEgress(p *pod) []verdict.PacketBlock {
+func (x *Index) packetEgress(p *pod) *packetSide { return x.packets.side(x.egressBlocks(p)) }
+
+func (x *Index) egressBlocks(p *pod) []verdict.PacketBlock {
 	table, evaluator := &p.subject.verdicts.Egress, p.subject.egress()
 	pods := x.named(table)
 	if admitsPackets(table) { // else who is not named is denied anyway
@@ -200,6 +160,7 @@ func (x *Index) addressed(p *pod, pods map[*pod]bool) []addressedPod {
 	var out []addressedPod
 	for peer := range pods {
 		for _, a := range x.owned(peer) {
+			x.packets.addressed++
 			if sourceAddr(p, a).IsValid() {
 				out = append(out, addressedPod{peer, a})
 			}
