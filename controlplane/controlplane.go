@@ -55,7 +55,7 @@ type ControlPlane struct {
 	bundle       *x509bundle.Bundle // that was given last
 	index        *policy.Index
 	changes      uint64                   // counts what has changed index
-	moves        uint64                   // counts those changes that were about pods or services, and not about policy alone
+	moves        uint64                   // counts those changes that were about pods, services or nodes, and not about policy alone
 	hashes       map[string]policy.Hashes // of the verdicts that are in force, by subject key; only of subjects that matter to somebody
 	rendered     map[string]*rendered     // by subject key; only of subjects with sidecars
 	packets      packets
@@ -196,7 +196,7 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 
 // publish sends what a Delta has changed to whom it concerns.
 func (cp *ControlPlane) publish(d policy.Delta) error {
-	if len(d.Pods)+len(d.Services) > 0 {
+	if len(d.Pods)+len(d.Services)+len(d.Addrs)+len(d.NodePorts) > 0 {
 		cp.moves++
 	}
 	var errs []error
