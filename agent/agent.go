@@ -158,9 +158,13 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	if err != nil {
 		return nil, err
 	}
+	begun, err := newBeginning(cfg.RunDir)
+	if err != nil {
+		return nil, err
+	}
 	a.readiness = &readiness{
 		tables: []table{a.kernel}, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.kernel, identity: a.identity.missing,
-		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping,
+		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping, beginning: begun,
 	}
 	return a, nil
 }
@@ -229,7 +233,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	a.relay.Register(server)
 	a.sds.Register(server)
 	a.flows.Register(server)
-	probes := &http.Server{Handler: statusHandler(a.readiness), ReadHeaderTimeout: 5 * time.Second}
+	probes := &http.Server{Handler: statusHandler(a.readiness, a.cfg.Logger), ReadHeaderTimeout: 5 * time.Second}
 
 	rest, endRest := context.WithCancel(context.WithoutCancel(ctx)) // outlives Envoy
 	defer endRest()
@@ -270,7 +274,7 @@ func (a *agent) run(ctx context.Context, began time.Time) error {
 	case <-time.After(flowsPatience):
 		a.cfg.Logger.Error("agent: the flow records' writer blocks; the last ones are lost")
 	}
-	return err
+	return errors.Join(err, a.readiness.beginning.failed())
 }
 
 // named leaves out the errors that a server that was stopped ends with.

@@ -16,7 +16,8 @@
 //
 //	agent.lock        held while an agent runs
 //	agent.sock        for Envoy: ADS, SDS (private key!), access logs
-//	status.sock       for probes: GET /ready, GET /ready?wait=30s
+//	status.sock       for the kubelet: GET /ready, GET /started, ?wait=30s
+//	enforced          the network namespace in which the pod was enforced once
 //	envoy/            Envoy's own: bootstrap.json, admin.sock
 //
 // Whoever connects to agent.sock must be the very Envoy process that this agent started: the kernel tells the pid and user at the

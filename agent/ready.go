@@ -13,15 +13,16 @@ import (
 
 // readiness knows whether the pod is enforced: everything that it takes is there at this moment.
 type readiness struct {
-	tables   []table // in the kernel
-	source   svid.Source
-	ledger   ledger
-	verdicts decided
-	packets  decided
-	identity func() (missing string, changed <-chan struct{}) // why the certificate that Envoy shows is not the pod's, or ""
-	trouble  func() string                                    // why the control plane gives no configuration, or ""
-	envoy    *peer
-	stopping <-chan struct{}
+	tables    []table // in the kernel
+	source    svid.Source
+	ledger    ledger
+	verdicts  decided
+	packets   decided
+	identity  func() (missing string, changed <-chan struct{}) // why the certificate that Envoy shows is not the pod's, or ""
+	trouble   func() string                                    // why the control plane gives no configuration, or ""
+	envoy     *peer
+	stopping  <-chan struct{}
+	beginning *beginning
 }
 
 // decided is what the agent itself decides by; *verdicts.Holder and *packets are.
@@ -148,6 +149,7 @@ func (r *readiness) watch(ctx context.Context, began time.Time, logger *slog.Log
 		if r.wait(ctx) != nil {
 			return
 		}
+		r.beginning.enforced(logger)
 		logger.Info("agent: ready", "after", time.Since(began).Round(time.Millisecond))
 		for {
 			s := r.told()

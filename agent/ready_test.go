@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -108,7 +109,7 @@ func TestMissing(t *testing.T) {
 				t.Errorf("missing %q, want %q", got, tt.want)
 			}
 			answer := httptest.NewRecorder()
-			statusHandler(r).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready", nil))
+			statusHandler(r, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready", nil))
 			if want := map[bool]int{true: http.StatusOK, false: http.StatusServiceUnavailable}[tt.want == ""]; answer.Code != want {
 				t.Errorf("status %d, want %d", answer.Code, want)
 			}
@@ -155,7 +156,7 @@ func TestWaitParameter(t *testing.T) {
 	r := &readiness{}
 	for _, wait := range []string{"soon", "-1s", "11m"} {
 		answer := httptest.NewRecorder()
-		statusHandler(r).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready?wait="+wait, nil))
+		statusHandler(r, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/ready?wait="+wait, nil))
 		if answer.Code != http.StatusBadRequest {
 			t.Errorf("wait=%s: status %d", wait, answer.Code)
 		}

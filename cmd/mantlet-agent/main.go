@@ -27,7 +27,7 @@ func main() {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(runCommand(), readyCommand(), nodeCommand(), netnsCommand(), versionCommand())
+	root.AddCommand(runCommand(), readyCommand(), startedCommand(), nodeCommand(), netnsCommand(), versionCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "mantlet-agent:", err)
 		os.Exit(1)

@@ -50,7 +50,7 @@ type Config struct {
 	Concurrency int
 	// DrainTimeout is how long open connections may live on when the pod ends; 0: 5 s.
 	DrainTimeout time.Duration
-	// StartupTimeout is how long the sidecar may take until it enforces before it is started anew; 0: 5 min.
+	// StartupTimeout is how long the sidecar may take until it enforces before it is started anew; 0: 25 s, with CaptureNode 5 min.
 	StartupTimeout time.Duration
 }
 
@@ -83,7 +83,10 @@ func (c Config) complete() (Config, error) {
 		c.DrainTimeout = 5 * time.Second
 	}
 	if c.StartupTimeout == 0 {
-		c.StartupTimeout = 5 * time.Minute
+		c.StartupTimeout = hookTimeout
+		if c.Capture == CaptureNode {
+			c.StartupTimeout = probeTimeout
+		}
 	}
 	switch {
 	case c.Image == "":
@@ -98,6 +101,8 @@ func (c Config) complete() (Config, error) {
 		return c, fmt.Errorf("sidecar: podSecurity %q is not %s or %s", string(c.PodSecurity), PodSecurityEnforced, PodSecurityIgnored)
 	case c.Concurrency < 0 || c.DrainTimeout < 0 || c.StartupTimeout < 0:
 		return c, errors.New("sidecar: concurrency, drain timeout and startup timeout must not be negative")
+	case c.Capture == CaptureSidecar && c.StartupTimeout > mostHookTimeout:
+		return c, fmt.Errorf("sidecar: startup timeout %s: at most %s, for which a pod that is deleted meanwhile waits", c.StartupTimeout, mostHookTimeout)
 	}
 	return c, nil
 }

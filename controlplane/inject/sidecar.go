@@ -18,6 +18,16 @@ import (
 	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
+// How long a sidecar may take until it enforces, where nothing else is said. A kubelet that waits for a hook does nothing else for the pod, so that a
+// pod that is deleted meanwhile waits, too: no longer than the 30 s that pods are given by default. Probes hold up nothing.
+const (
+	hookTimeout  = 25 * time.Second
+	probeTimeout = 5 * time.Minute
+)
+
+// mostHookTimeout is as long as the agent lets itself be asked.
+const mostHookTimeout = 10 * time.Minute
+
 // probeWait is how long one run of the startup probe waits for the agent. It ends as soon as the pod is enforced, so that the app
 // starts then, and not at the next full second.
 const probeWait = 10 * time.Second
@@ -57,6 +67,7 @@ func (c Config) sidecar() corev1.Container {
 			{Name: names.RootVolume, MountPath: names.RootDir, ReadOnly: true},
 			{Name: names.TokenVolume, MountPath: names.TokenDir, ReadOnly: true},
 		},
+		Lifecycle:                c.lifecycle(),
 		StartupProbe:             c.startupProbe(),
 		SecurityContext:          c.securityContext(),
 		TerminationMessagePath:   corev1.TerminationMessagePathDefault,
@@ -68,16 +79,37 @@ func ownField(name, path string) corev1.EnvVar {
 	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: path}}}
 }
 
-// startupProbe is the gate: nothing else in the pod starts before it has passed.
+// lifecycle and startupProbe are the gate: nothing else in the pod starts before the pod is enforced. One of them is nil.
+//
+// A hook is what the kubelet runs and waits for as it starts the sidecar, and then it goes on at once. A probe it asks once a second, from before
+// there is a container, and of its success it thinks at its next look at all pods, which is once a second, too: a second or more is lost. If
+// the hook fails the sidecar is ended and started anew, with the kubelet's pauses.
+//
+// But a kubelet that starts anew itself takes a sidecar that runs for one whose hook has passed. That is no harm where the agent closes the pod
+// before all else. With node capture there may be pods that nobody has closed (those that came before the plugin): there it is the probe.
+func (c Config) lifecycle() *corev1.Lifecycle {
+	if c.Capture == CaptureNode {
+		return nil
+	}
+	return &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: started(c.StartupTimeout)}}
+}
+
 func (c Config) startupProbe() *corev1.Probe {
+	if c.Capture != CaptureNode {
+		return nil
+	}
 	return &corev1.Probe{
-		ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{
-			Command: []string{names.AgentBinary, "ready", "--run-dir=" + names.RunDir, "--wait=" + probeWait.String()}}},
+		ProbeHandler:     corev1.ProbeHandler{Exec: started(probeWait)},
 		TimeoutSeconds:   int32(probeWait/time.Second) + 5,
 		PeriodSeconds:    1,
 		SuccessThreshold: 1,
 		FailureThreshold: int32(max(1, c.StartupTimeout/probeWait)),
 	}
+}
+
+// started asks the agent whether the pod's other containers may start.
+func started(wait time.Duration) *corev1.ExecAction {
+	return &corev1.ExecAction{Command: []string{names.AgentBinary, "started", "--run-dir=" + names.RunDir, "--wait=" + wait.String()}}
 }
 
 // securityContext overrides what the pod says for all its containers. The package comment says what each capability is for.
