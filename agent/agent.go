@@ -158,13 +158,9 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	if err != nil {
 		return nil, err
 	}
-	begun, err := newBeginning(cfg.RunDir)
-	if err != nil {
-		return nil, err
-	}
 	a.readiness = &readiness{
 		tables: []table{a.kernel}, source: a.source, ledger: a.relay.Ledger(), verdicts: a.verdicts, packets: a.kernel, identity: a.identity.missing,
-		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping, beginning: begun,
+		trouble: a.relay.Trouble, envoy: a.peer, stopping: a.stopping, beginning: newBeginning(cfg),
 	}
 	return a, nil
 }

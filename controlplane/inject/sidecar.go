@@ -91,7 +91,7 @@ func (c Config) lifecycle() *corev1.Lifecycle {
 	if c.Capture == CaptureNode {
 		return nil
 	}
-	return &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: started(c.StartupTimeout)}}
+	return &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: ask("started", c.StartupTimeout)}}
 }
 
 func (c Config) startupProbe() *corev1.Probe {
@@ -99,7 +99,7 @@ func (c Config) startupProbe() *corev1.Probe {
 		return nil
 	}
 	return &corev1.Probe{
-		ProbeHandler:     corev1.ProbeHandler{Exec: started(probeWait)},
+		ProbeHandler:     corev1.ProbeHandler{Exec: ask("ready", probeWait)},
 		TimeoutSeconds:   int32(probeWait/time.Second) + 5,
 		PeriodSeconds:    1,
 		SuccessThreshold: 1,
@@ -107,9 +107,9 @@ func (c Config) startupProbe() *corev1.Probe {
 	}
 }
 
-// started asks the agent whether the pod's other containers may start.
-func started(wait time.Duration) *corev1.ExecAction {
-	return &corev1.ExecAction{Command: []string{names.AgentBinary, "started", "--run-dir=" + names.RunDir, "--wait=" + wait.String()}}
+// ask has the agent asked, in its container.
+func ask(question string, wait time.Duration) *corev1.ExecAction {
+	return &corev1.ExecAction{Command: []string{names.AgentBinary, question, "--run-dir=" + names.RunDir, "--wait=" + wait.String()}}
 }
 
 // securityContext overrides what the pod says for all its containers. The package comment says what each capability is for.
