@@ -81,11 +81,12 @@ Linux %s). Load averages: %s before, %s after, everything with nice %d: where ot
 	fmt.Fprintf(&b, `
 ## Pods
 
-%d pairs, by turns, one pod at a time, from the call that creates the pod to the event that says it is ready; images are on the nodes.
+%d pairs, by turns, one pod at a time, from the call that creates the pod to the event that says it is ready; images are on the nodes. Before each pod of a pair
+passes the same time, at random up to %s: the kubelet does much of its work once a second.
 
 | | median | min | max |
 | --- | --- | --- | --- |
-`, len(difference))
+`, len(difference), phase)
 	for _, r := range []struct {
 		what string
 		d    distribution

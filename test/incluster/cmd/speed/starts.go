@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -25,8 +26,12 @@ func (s starts) difference() distribution {
 	return out
 }
 
-// startPods starts pods in turn with and without a sidecar, one at a time; every other pair the other way round. One pair before is not counted: it
-// warms up what is read for the first time.
+// phase bounds the wait before a pod is created: the kubelet does much of its work once a second, and a pod that is created as soon as the kubelet has
+// seen the one before go would always come at the same moment of its second.
+const phase = time.Second
+
+// startPods starts pods in turn with and without a sidecar, one at a time; every other pair the other way round. Both of a pair come after the same
+// wait, which is random. One pair before is not counted: it warms up what is read for the first time.
 func startPods(ctx context.Context, w *incluster.World, pairs int) (s starts, err error) {
 	for ns, inject := range map[string]string{"with": "enabled", "without": "disabled"} {
 		object := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns, Labels: map[string]string{policy.InjectLabel: inject}}}
@@ -46,7 +51,13 @@ func startPods(ctx context.Context, w *incluster.World, pairs int) (s starts, er
 			order[0], order[1] = order[1], order[0]
 		}
 		took := map[string]time.Duration{}
+		wait := rand.N(phase)
 		for _, ns := range order {
+			select {
+			case <-ctx.Done():
+				return s, ctx.Err()
+			case <-time.After(wait):
+			}
 			if took[ns], err = startPod(ctx, w, ns, fmt.Sprintf("pod-%d", i)); err != nil {
 				return s, err
 			}
