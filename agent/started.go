@@ -18,6 +18,11 @@ import (
 // what the kubelet has to do for them waits meanwhile.
 const resumed = 5 * time.Second
 
+// alone is how long an agent holds up the kubelet that the control plane has not answered, or answers no more: nothing says that it will. A pod that is
+// deleted meanwhile waits as long, which is less than the 30 s that pods are given to end by default. Whoever has been answered is on a node that
+// is slow, and is given more time: ended and started anew it would be slower.
+const alone = 25 * time.Second
+
 // beginning is what this agent knows of its pod's start: whether an agent before it had the pod enforced, and so its other containers started. What
 // it knows is a file in the run directory, which lasts as long as the pod, with the pod's network namespace in it: a pod whose namespace
 // was made anew starts from the beginning.
@@ -74,10 +79,14 @@ func (b *beginning) failed() error {
 // started says what is missing for the pod's other containers to start, or nothing once they may: as soon as the pod is enforced or, where they
 // started before, after a moment. The agent has closed the pod before it is asked.
 func (r *readiness) started(ctx context.Context, wait time.Duration, logger *slog.Logger) []string {
+	first := min(wait, alone)
 	if r.beginning.before {
-		wait = min(wait, resumed)
+		first = min(wait, resumed)
 	}
-	missing := r.within(ctx, wait)
+	waited, missing := first, r.within(ctx, first)
+	if len(missing) > 0 && !r.beginning.before && r.answered() {
+		waited, missing = wait, r.within(ctx, wait-first)
+	}
 	switch {
 	case len(missing) == 0:
 		return nil
@@ -87,8 +96,14 @@ func (r *readiness) started(ctx context.Context, wait time.Duration, logger *slo
 	}
 	why := strings.Join(missing, "; ")
 	r.beginning.refused.Store(&why)
-	logger.Warn("agent: the pod is not enforced, and its other containers are not started", "waited", wait, "missing", why)
+	logger.Warn("agent: the pod is not enforced, and its other containers are not started", "waited", waited, "missing", why)
 	return missing
+}
+
+// answered reports whether the control plane has signed a certificate, and nothing speaks against its giving configuration.
+func (r *readiness) answered() bool {
+	_, err := r.source.GetX509SVID()
+	return err == nil && r.trouble() == ""
 }
 
 // within waits as long as it is told.

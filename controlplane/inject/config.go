@@ -50,7 +50,7 @@ type Config struct {
 	Concurrency int
 	// DrainTimeout is how long open connections may live on when the pod ends; 0: 5 s.
 	DrainTimeout time.Duration
-	// StartupTimeout is how long the sidecar may take until it enforces before it is started anew; 0: 25 s, with CaptureNode 5 min.
+	// StartupTimeout is how long the sidecar may take until it enforces before it is started anew; 0: 2 min, with CaptureNode 5 min.
 	StartupTimeout time.Duration
 }
 
@@ -83,9 +83,9 @@ func (c Config) complete() (Config, error) {
 		c.DrainTimeout = 5 * time.Second
 	}
 	if c.StartupTimeout == 0 {
-		c.StartupTimeout = hookTimeout
+		c.StartupTimeout = defaultStartupTimeout
 		if c.Capture == CaptureNode {
-			c.StartupTimeout = probeTimeout
+			c.StartupTimeout = defaultNodeStartupTimeout
 		}
 	}
 	switch {
@@ -102,7 +102,7 @@ func (c Config) complete() (Config, error) {
 	case c.Concurrency < 0 || c.DrainTimeout < 0 || c.StartupTimeout < 0:
 		return c, errors.New("sidecar: concurrency, drain timeout and startup timeout must not be negative")
 	case c.Capture == CaptureSidecar && c.StartupTimeout > mostHookTimeout:
-		return c, fmt.Errorf("sidecar: startup timeout %s: at most %s, for which a pod that is deleted meanwhile waits", c.StartupTimeout, mostHookTimeout)
+		return c, fmt.Errorf("sidecar: startup timeout %s: at most %s: a pod that is deleted meanwhile waits for it", c.StartupTimeout, mostHookTimeout)
 	}
 	return c, nil
 }

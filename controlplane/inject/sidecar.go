@@ -18,11 +18,11 @@ import (
 	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
-// How long a sidecar may take until it enforces, where nothing else is said. A kubelet that waits for a hook does nothing else for the pod, so that a
-// pod that is deleted meanwhile waits, too: no longer than the 30 s that pods are given by default. Probes hold up nothing.
+// defaultStartupTimeout is how long a sidecar may take until it enforces, where nothing else is said: on a node that starts a hundred pods at once it
+// takes half a minute. An agent that the control plane does not answer gives a hook up sooner (agent.Started).
 const (
-	hookTimeout  = 25 * time.Second
-	probeTimeout = 5 * time.Minute
+	defaultStartupTimeout     = 2 * time.Minute
+	defaultNodeStartupTimeout = 5 * time.Minute // probes hold up nothing
 )
 
 // mostHookTimeout is as long as the agent lets itself be asked.
