@@ -18,10 +18,10 @@ import (
 // what the kubelet has to do for them waits meanwhile.
 const resumed = 5 * time.Second
 
-// alone is how long an agent holds up the kubelet that the control plane has not answered, or answers no more: nothing says that it will. A pod that is
-// deleted meanwhile waits as long, which is less than the 30 s that pods are given to end by default. Whoever has been answered is on a node that
-// is slow, and is given more time: ended and started anew it would be slower.
-const alone = 25 * time.Second
+// alone is how long an agent holds up the kubelet that the control plane does not answer: nothing says that it will. A pod that is deleted meanwhile
+// waits as long. Less would end agents on nodes that are slow, as when 50 pods start there at once, and ended and started anew they are slower. Whoever
+// has been answered is given more time.
+const alone = time.Minute
 
 // beginning is what this agent knows of its pod's start: whether an agent before it had the pod enforced, and so its other containers started. What
 // it knows is a file in the run directory, which lasts as long as the pod, with the pod's network namespace in it: a pod whose namespace
