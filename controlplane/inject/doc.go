@@ -10,8 +10,8 @@
 // # The sidecar
 //
 // It is a native sidecar (an init container that restarts always), the first of the init containers: those that follow, and the app, start
-// once its startup probe has passed, which it does when the redirect is in place and the first policy was confirmed. A Job's pod ends
-// with its app containers.
+// once its postStart hook has passed (with node capture its startup probe), which it does when the redirect is in place and the first policy was
+// confirmed. A Job's pod ends with its app containers.
 //
 // Probes of app containers are left as they are. The kubelet reaches a pod from the pod's own node, and the sidecar lets the own node
 // through to every port but the two capture ports.

@@ -53,6 +53,10 @@ func TestTampered(t *testing.T) {
 		"a hook": {func(_ *corev1.Pod, c *corev1.Container) {
 			c.Lifecycle = &corev1.Lifecycle{PostStart: &corev1.LifecycleHandler{Exec: &corev1.ExecAction{Command: []string{"envoy"}}}}
 		}, true},
+		"no hook": {func(_ *corev1.Pod, c *corev1.Container) { c.Lifecycle = nil }, true},
+		"a probe that ends it": {func(_ *corev1.Pod, c *corev1.Container) {
+			c.StartupProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"envoy"}}}}
+		}, true},
 		"another volume": {func(p *corev1.Pod, _ *corev1.Container) {
 			p.Spec.Volumes[0].EmptyDir, p.Spec.Volumes[0].HostPath = nil, &corev1.HostPathVolumeSource{Path: "/"}
 		}, true},
