@@ -144,6 +144,23 @@ func (p process) running() (sum time.Duration, err error) {
 	return sum, err
 }
 
+// running is how long all processes of each program have run so far.
+func running(nodes []*cluster.Machine) (map[string]time.Duration, error) {
+	all, err := processes(nodes)
+	if err != nil {
+		return nil, err
+	}
+	sum := map[string]time.Duration{}
+	for _, p := range all {
+		d, err := p.running()
+		if err != nil {
+			return nil, err
+		}
+		sum[p.program] += d
+	}
+	return sum, nil
+}
+
 // memory is what smaps_rollup says, in MB: Private_* and Shared_*.
 func (p process) memory() (private, shared float64, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid))
