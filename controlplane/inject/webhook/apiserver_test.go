@@ -282,6 +282,7 @@ func TestAPIServer(t *testing.T) {
 		}
 		return nil
 	})
+	t.Run("the roots, once they are written", func(t *testing.T) { testBundleRests(t, w) })
 	t.Run("admission", func(t *testing.T) { testAdmission(t, w) })
 	t.Run("tenant", func(t *testing.T) { testTenant(t, w) })
 	t.Run("applied again", func(t *testing.T) {

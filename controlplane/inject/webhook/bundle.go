@@ -18,6 +18,7 @@ import (
 // MutatingConfigurations is the part that is used of client-go's MutatingWebhookConfigurationInterface.
 type MutatingConfigurations interface {
 	Get(ctx context.Context, name string, opts metav1.GetOptions) (*admissionregistrationv1.MutatingWebhookConfiguration, error)
+	List(ctx context.Context, opts metav1.ListOptions) (*admissionregistrationv1.MutatingWebhookConfigurationList, error)
 	Update(ctx context.Context, o *admissionregistrationv1.MutatingWebhookConfiguration, opts metav1.UpdateOptions) (*admissionregistrationv1.MutatingWebhookConfiguration, error)
 	Watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error)
 }
@@ -25,6 +26,7 @@ type MutatingConfigurations interface {
 // ValidatingConfigurations is the part that is used of client-go's ValidatingWebhookConfigurationInterface.
 type ValidatingConfigurations interface {
 	Get(ctx context.Context, name string, opts metav1.GetOptions) (*admissionregistrationv1.ValidatingWebhookConfiguration, error)
+	List(ctx context.Context, opts metav1.ListOptions) (*admissionregistrationv1.ValidatingWebhookConfigurationList, error)
 	Update(ctx context.Context, o *admissionregistrationv1.ValidatingWebhookConfiguration, opts metav1.UpdateOptions) (*admissionregistrationv1.ValidatingWebhookConfiguration, error)
 	Watch(ctx context.Context, opts metav1.ListOptions) (watch.Interface, error)
 }
@@ -61,15 +63,41 @@ func (b *Bundle) Run(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.keep(ctx, "MutatingWebhookConfiguration", b.mutating, b.Mutating.Watch)
+		b.keep(ctx, "MutatingWebhookConfiguration", b.mutating, watchMutating(b.Mutating))
 	}()
-	b.keep(ctx, "ValidatingWebhookConfiguration", b.validating, b.Validating.Watch)
+	b.keep(ctx, "ValidatingWebhookConfiguration", b.validating, watchValidating(b.Validating))
 	<-done
 	return nil
 }
 
+// opener opens a watch of what changes from now on.
+type opener func(context.Context, metav1.ListOptions) (watch.Interface, error)
+
+// watchMutating begins a watch at a list's version: one without a version first tells of what is there already.
+func watchMutating(c MutatingConfigurations) opener {
+	return func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		list, err := c.List(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		o.ResourceVersion = list.ResourceVersion
+		return c.Watch(ctx, o)
+	}
+}
+
+func watchValidating(c ValidatingConfigurations) opener {
+	return func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+		list, err := c.List(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		o.ResourceVersion = list.ResourceVersion
+		return c.Watch(ctx, o)
+	}
+}
+
 // keep writes one configuration whenever it may have to be.
-func (b *Bundle) keep(ctx context.Context, kind string, write func(context.Context, []byte) (bool, error), open func(context.Context, metav1.ListOptions) (watch.Interface, error)) {
+func (b *Bundle) keep(ctx context.Context, kind string, write func(context.Context, []byte) (bool, error), open opener) {
 	last := ""
 	for ctx.Err() == nil {
 		w, err := open(ctx, metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", b.Name).String()})
