@@ -60,9 +60,11 @@ func (cp *ControlPlane) restsOn(to netip.AddrPort) []string {
 	}
 	for _, list := range [][]policy.Endpoint{whole.Endpoints, whole.Others} {
 		for _, e := range list {
-			keys = append(keys, addrKey(e.Addr.Addr()), nodePortKey(e.Addr.Port())) // somebody else may come to have it
+			keys = append(keys, addrKey(e.Addr.Addr())) // somebody else may come to have it
 			if e.Pod != "" {
 				keys = append(keys, podKey(e.Pod))
+			} else { // it may be a node's
+				keys = append(keys, nodePortKey(e.Addr.Port()))
 			}
 		}
 	}
