@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/mantlet/mantlet/agent/relay"
+	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
 // How long the kubelet waits for a pod that does not come to be enforced, and what it is told then.
@@ -36,7 +37,7 @@ func TestStartedInVain(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				p := &parts{svid: tt.svid, missing: map[string][]string{relay.TypeListener: {"gate"}}, changed: make(chan struct{})}
 				r := &readiness{
-					tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, envoy: newPeer(os.Getuid()),
+					tables: []table{p}, source: p, ledger: p, verdicts: noVerdicts{p}, packets: noPackets{p}, envoy: newPeer(proxyuser.User{UID: uint32(os.Getuid())}),
 					identity: func() (string, <-chan struct{}) { return "", p.changed },
 					trouble:  func() string { return tt.trouble }, beginning: &beginning{before: tt.before},
 				}
