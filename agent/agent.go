@@ -39,11 +39,11 @@ func prepare(cfg Config) (*agent, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	known := false
-	var err error
-	if cfg.user, known, err = cfg.envoyUser(); err != nil {
+	user, known, err := cfg.envoyUser()
+	if err != nil {
 		return nil, err
 	}
+	cfg.user = user
 	if cfg.Capture == CaptureNode {
 		return assemble(cfg, nil, nil)
 	}
