@@ -22,6 +22,7 @@ func netnsCommand() *cobra.Command {
 		Args:   cobra.NoArgs,
 		Hidden: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			useProcessors(1)
 			logger := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("pod", pod)
 			return agent.Enforce(cmd.Context(), func(ctx context.Context) (net.Conn, proxyuser.User, error) { return node.Await(ctx, volume) }, logger)
 		},

@@ -35,6 +35,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, closeFlows()) }()
+			useProcessors(cfg.Concurrency) // as many as Envoy
 			return agent.Run(cmd.Context(), cfg)
 		},
 	}
