@@ -1,7 +1,6 @@
 package controlplane
 
 import (
-	"fmt"
 	"net/netip"
 	"strconv"
 
@@ -183,7 +182,7 @@ func clusterKey(endpoints []xds.Endpoint) string {
 func podKey(name string) string      { return "pod " + name }
 func serviceKey(name string) string  { return "service " + name }
 func addrKey(a netip.Addr) string    { return "address " + a.String() }
-func nodePortKey(port uint16) string { return fmt.Sprint("node port ", port) }
+func nodePortKey(port uint16) string { return "node port " + strconv.Itoa(int(port)) }
 
 // note enters on what the answer for a name rests.
 func (d *demand) note(name string, keys []string) *asked {
