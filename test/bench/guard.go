@@ -25,7 +25,7 @@ const (
 	guardRuns = 40
 	// What is counted apart from the workload: the runtime counts allocations by whole spans, and pools are emptied whenever it collects. With so many
 	// runs their means came out within a fifth of each other.
-	allocsSlack, allocatedSlack = 400, 60_000
+	allocsSlack, allocatedSlack = 500, 100_000
 )
 
 // guarded are the workloads of which the counts come out alike each time. How often somebody tries to connect depends on the machine.
