@@ -163,6 +163,6 @@ func (a *App) Close() {
 	for _, l := range a.listeners {
 		l.Close()
 	}
-	a.datagrams.Close()
+	_ = a.datagrams.Close()
 	a.running.Wait()
 }
