@@ -63,9 +63,9 @@ func (b *Bundle) Run(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.keep(ctx, "MutatingWebhookConfiguration", b.mutating, watchMutating(b.Mutating))
+		b.keep(ctx, "MutatingWebhookConfiguration", b.mutating, fromNow(b.Mutating.List, b.Mutating.Watch))
 	}()
-	b.keep(ctx, "ValidatingWebhookConfiguration", b.validating, watchValidating(b.Validating))
+	b.keep(ctx, "ValidatingWebhookConfiguration", b.validating, fromNow(b.Validating.List, b.Validating.Watch))
 	<-done
 	return nil
 }
@@ -73,26 +73,15 @@ func (b *Bundle) Run(ctx context.Context) error {
 // opener opens a watch of what changes from now on.
 type opener func(context.Context, metav1.ListOptions) (watch.Interface, error)
 
-// watchMutating begins a watch at a list's version: one without a version first tells of what is there already.
-func watchMutating(c MutatingConfigurations) opener {
+// fromNow begins a watch at a list's version: one without a version first tells of what is there already.
+func fromNow[L metav1.ListInterface](list func(context.Context, metav1.ListOptions) (L, error), open opener) opener {
 	return func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-		list, err := c.List(ctx, o)
+		is, err := list(ctx, o)
 		if err != nil {
 			return nil, err
 		}
-		o.ResourceVersion = list.ResourceVersion
-		return c.Watch(ctx, o)
-	}
-}
-
-func watchValidating(c ValidatingConfigurations) opener {
-	return func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-		list, err := c.List(ctx, o)
-		if err != nil {
-			return nil, err
-		}
-		o.ResourceVersion = list.ResourceVersion
-		return c.Watch(ctx, o)
+		o.ResourceVersion = is.GetResourceVersion()
+		return open(ctx, o)
 	}
 }
 
