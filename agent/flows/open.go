@@ -32,6 +32,7 @@ type Observer interface {
 	// Opened is called about a millisecond after the connection came about.
 	Opened(Connection)
 	// Closed is called when Envoy is done with some, up to 100 ms later; their sockets may stay a while longer, until what was sent has arrived.
+	// The list is the receiver's, for the time of the call.
 	Closed([]End)
 }
 
@@ -53,20 +54,12 @@ func (r *Receiver) observe(e *accesslogv3.TCPAccessLogEntry) {
 	r.observer.Opened(connectionOf(e))
 }
 
-// observeEnds hands on the ends among records. Those that never came about have no end.
-func (r *Receiver) observeEnds(records []Record) {
-	if r.observer == nil {
-		return
+// appendEnd adds the end of a connection that a record tells of. One that never came about has none.
+func appendEnd(ends []End, rec *Record) []End {
+	if !rec.UpstreamLocal.IsValid() || !rec.UpstreamRemote.IsValid() {
+		return ends
 	}
-	var ends []End
-	for i := range records {
-		if rec := &records[i]; rec.UpstreamLocal.IsValid() && rec.UpstreamRemote.IsValid() {
-			ends = append(ends, End{Began: rec.Time, Local: rec.UpstreamLocal, Remote: rec.UpstreamRemote})
-		}
-	}
-	if len(ends) > 0 {
-		r.observer.Closed(ends)
-	}
+	return append(ends, End{Began: rec.Time, Local: rec.UpstreamLocal, Remote: rec.UpstreamRemote})
 }
 
 func connectionOf(e *accesslogv3.TCPAccessLogEntry) Connection {

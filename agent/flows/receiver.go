@@ -88,7 +88,7 @@ func (r *Receiver) write(rec Record) {
 // StreamAccessLogs implements the service. Envoy opens one stream for each log and worker and names the log in its first message.
 func (r *Receiver) StreamAccessLogs(stream servicev3.AccessLogService_StreamAccessLogsServer) error {
 	log := ""
-	var records []Record // of one message
+	var ends []End // of one message
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -111,14 +111,16 @@ func (r *Receiver) StreamAccessLogs(stream servicev3.AccessLogService_StreamAcce
 			return status.Error(codes.InvalidArgument, fmt.Sprintf("no access log is named %q", log))
 		}
 		self := r.self()
-		records = records[:0]
+		ends = ends[:0]
 		for _, e := range m.GetTcpLogs().GetLogEntry() {
 			if rec, ok := recordOf(log, self, e); ok {
-				records = append(records, rec)
+				ends = appendEnd(ends, &rec)
 				r.Add(rec)
 			}
 		}
-		r.observeEnds(records)
+		if len(ends) > 0 && r.observer != nil {
+			r.observer.Closed(ends)
+		}
 	}
 }
 
