@@ -140,7 +140,9 @@ func (p *packets) run(ctx context.Context) error {
 			return nil
 		case <-p.news:
 			p.mu.Lock()
-			timer.Reset(time.Until(p.due))
+			if !p.due.IsZero() { // else it has come meanwhile
+				timer.Reset(time.Until(p.due))
+			}
 			p.mu.Unlock()
 			continue
 		case <-timer.C:
