@@ -86,9 +86,12 @@ type Endpoint struct {
 	Always bool
 }
 
-// metadata tells Envoy which transport socket to take, and its log who is there.
+// metadata tells Envoy which transport socket to take, nil: the cluster's own, and its log who is there.
 func (e Endpoint) metadata(match *structpb.Struct) *corev3.Metadata {
-	m := &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{matchKey: match}}
+	m := &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{}}
+	if match != nil {
+		m.FilterMetadata[matchKey] = match
+	}
 	about := map[string]*structpb.Value{}
 	if !e.Peer.IsZero() {
 		about[names.EndpointPeer] = structpb.NewStringValue(e.Peer.String())
@@ -110,38 +113,56 @@ const (
 
 // OnDemand is the cluster for one destination as one identity may reach it. Each endpoint must prove the very SAN that is expected
 // of it. Without endpoints every connection is closed at once.
+//
+// The cluster's own transport socket is that of the first identity, and only the others have a match: a TLS context is most of what a
+// cluster costs Envoy. An endpoint that matches none is so never reached in plaintext where any endpoint has a sidecar.
 func OnDemand(name string, endpoints []Endpoint, sessions Resumption) *clusterv3.Cluster {
-	var hosts []*endpointv3.LbEndpoint
-	var sockets []*clusterv3.Cluster_TransportSocketMatch
-	seen := map[spiffeid.ID]bool{}
+	c := static(name, nil)
+	c.AltStatName = names.OnDemandStats
+	if len(endpoints) == 0 {
+		return c
+	}
+	first := firstIdentity(endpoints)
+	c.TransportSocket = toward(first, sessions)
+	hosts := make([]*endpointv3.LbEndpoint, 0, len(endpoints))
+	matched := map[spiffeid.ID]bool{first: true}
 	for _, e := range endpoints {
-		key := structpb.NewStringValue(e.ID.String()) // "" for plaintext
-		match := &structpb.Struct{Fields: map[string]*structpb.Value{matchID: key}}
+		var match *structpb.Struct
+		if e.ID != first {
+			match = &structpb.Struct{Fields: map[string]*structpb.Value{matchID: structpb.NewStringValue(e.ID.String())}} // "" for plaintext
+		}
 		hosts = append(hosts, &endpointv3.LbEndpoint{
 			HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address(e.Addr.Addr(), uint32(e.Addr.Port()))}},
 			Metadata:       e.metadata(match),
 		})
-		if seen[e.ID] {
-			continue
+		if !matched[e.ID] {
+			matched[e.ID] = true
+			c.TransportSocketMatches = append(c.TransportSocketMatches, &clusterv3.Cluster_TransportSocketMatch{
+				Name: e.ID.String() + "/", Match: match, TransportSocket: toward(e.ID, sessions),
+			})
 		}
-		seen[e.ID] = true
-		socket := raw()
-		if !e.ID.IsZero() {
-			socket = upstreamTLS(e.ID, sessions)
-		}
-		sockets = append(sockets, &clusterv3.Cluster_TransportSocketMatch{Name: e.ID.String() + "/", Match: match, TransportSocket: socket})
 	}
-	c := static(name, hosts)
-	c.TransportSocketMatches = sockets
-	// An endpoint that matches none of the above must never be reached in plaintext.
-	if len(hosts) > 0 {
-		c.TransportSocket = upstreamTLS(nobody, sessions)
-	}
+	c.LoadAssignment.Endpoints = []*endpointv3.LocalityLbEndpoints{{LbEndpoints: hosts}}
 	return c
 }
 
-// nobody is an identity that no workload has.
-var nobody = spiffeid.RequireFromString("spiffe://mantlet.invalid/nobody")
+// firstIdentity is that of the first endpoint that has one; zero where none has.
+func firstIdentity(endpoints []Endpoint) spiffeid.ID {
+	for _, e := range endpoints {
+		if !e.ID.IsZero() {
+			return e.ID
+		}
+	}
+	return spiffeid.ID{}
+}
+
+// toward is the transport socket to endpoints of an identity; zero: in plaintext.
+func toward(id spiffeid.ID, sessions Resumption) *corev3.TransportSocket {
+	if id.IsZero() {
+		return raw()
+	}
+	return upstreamTLS(id, sessions)
+}
 
 func upstreamTLS(id spiffeid.ID, sessions Resumption) *corev3.TransportSocket {
 	c := commonTLS()

@@ -67,9 +67,11 @@ func (b Bootstrap) JSON() ([]byte, error) {
 				"max_active_downstream_connections": 1 << 24,
 			},
 		}}},
-		// The stats of on-demand clusters are most of what such a cluster costs, and nobody reads them: flows tell more.
+		// The stats of on-demand clusters are much of what such a cluster costs, and nobody reads them: flows tell more. Those of the others
+		// are made when there is something to count. Envoy compares a prefix that ends with a point without making each stat's name a string.
+		"deferred_stat_options": object{"enable_deferred_creation_stats": true},
 		"stats_config": object{"stats_matcher": object{"exclusion_list": object{"patterns": list{
-			object{"prefix": "cluster." + names.OnDemandPrefix},
+			object{"prefix": "cluster." + names.OnDemandStats + "."},
 		}}}},
 	}
 	if b.Mark != 0 {

@@ -52,6 +52,7 @@ const (
 	ClusterPassthrough = "passthrough" // ORIGINAL_DST to the outside
 	ClusterDeny        = "deny"        // STATIC without endpoints
 	OnDemandPrefix     = "od|"         // on demand: od|IP:PORT, an IPv6 address in brackets
+	OnDemandStats      = "od"          // in place of such a cluster's own name in the names of its stats
 )
 
 // RBAC is the ECDS resource of the network RBAC filter in the mTLS chain.
