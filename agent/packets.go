@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
@@ -16,7 +15,7 @@ import (
 
 // packets keeps the pod's policy on UDP and SCTP in the kernel.
 //
-//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Apply (kernel) ──► ACK ··later··► packet.Revoke (conntrack)
+//	control plane ──mantlet.v1.Packets──► relay ──Apply──► packet.Table (kernel) ──► ACK ··later··► packet.Revoke (conntrack)
 //	                                                            ▲
 //	                                     netfilter.Guard ──Repair┘
 //
@@ -28,7 +27,7 @@ import (
 // in force, however long the control plane is away.
 type packets struct {
 	logger *slog.Logger
-	conn   *netfilter.Conn
+	table  *packet.Table
 
 	mu      sync.Mutex
 	news    chan struct{} // holds one while due is new
@@ -43,32 +42,32 @@ type packets struct {
 
 // closePackets closes the pod to UDP and SCTP.
 func closePackets(logger *slog.Logger) (*packets, error) {
-	conn, closed := packet.Open(), &verdict.Packets{}
-	if err := packet.Apply(conn, closed); err != nil {
+	table, closed := packet.OpenTable(), &verdict.Packets{}
+	if err := table.Apply(closed); err != nil {
 		return nil, err
 	}
-	return newPackets(logger, conn, closed), nil
+	return newPackets(logger, table, closed), nil
 }
 
 // adoptPackets closes the pod to UDP and SCTP where nobody has written the table yet. What an agent before this one was told stays in force
 // until more is known.
 func adoptPackets(logger *slog.Logger) (*packets, error) {
-	conn := packet.Open()
-	there, err := packet.There(conn)
+	table := packet.OpenTable()
+	there, err := table.There()
 	if err != nil {
 		return nil, err
 	}
 	if !there {
-		conn.Close()
+		table.Close()
 		return closePackets(logger)
 	}
-	p := newPackets(logger, conn, &verdict.Packets{})
+	p := newPackets(logger, table, &verdict.Packets{})
 	p.left = true
 	return p, nil
 }
 
-func newPackets(logger *slog.Logger, conn *netfilter.Conn, current *verdict.Packets) *packets {
-	return &packets{logger: logger, conn: conn, current: current, forget: defaultForgetting, changed: make(chan struct{}), news: make(chan struct{}, 1)}
+func newPackets(logger *slog.Logger, table *packet.Table, current *verdict.Packets) *packets {
+	return &packets{logger: logger, table: table, current: current, forget: defaultForgetting, changed: make(chan struct{}), news: make(chan struct{}, 1)}
 }
 
 // Apply puts a packet policy in force that wire.MarshalPackets wrote. It returns nil when the kernel has taken it, and otherwise why not; the
@@ -87,7 +86,7 @@ func (p *packets) Apply(b []byte) error {
 }
 
 func (p *packets) enforce(next *verdict.Packets) error {
-	if err := packet.Apply(p.conn, next); err != nil {
+	if err := p.table.Apply(next); err != nil {
 		return err
 	}
 	before, known := p.current, p.known
@@ -177,22 +176,22 @@ func poke(c chan struct{}) {
 }
 
 // close closes the connection to the kernel. What is in force stays.
-func (p *packets) close() { p.conn.Close() }
+func (p *packets) close() { p.table.Close() }
 
 // Name, Wrote, Check and Repair let netfilter.Guard look after the table.
 func (p *packets) Name() string { return packet.TableName }
 
 // Wrote reports whether a transaction was Apply's.
-func (p *packets) Wrote(port uint32) bool { return p.conn.Wrote(port) }
+func (p *packets) Wrote(port uint32) bool { return p.table.Wrote(port) }
 
 // Check reads the table back.
 func (p *packets) Check() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.known || !p.left {
-		return packet.Check(p.conn, p.current)
+		return p.table.Check(p.current)
 	}
-	if there, err := packet.There(p.conn); err != nil || there {
+	if there, err := p.table.There(); err != nil || there {
 		return err
 	}
 	return fmt.Errorf("packets: table inet %s is gone", packet.TableName)
@@ -203,7 +202,7 @@ func (p *packets) Repair() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.left = false
-	return packet.Apply(p.conn, p.current)
+	return p.table.Rewrite(p.current)
 }
 
 // Changed returns a channel that is closed at the next Apply. Take it before asking, so that no change is missed.

@@ -208,7 +208,7 @@ func TestPacketsThatTheKernelRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cleanRedirect(t) })
-	b, err := wire.MarshalPackets(&verdict.Packets{Ingress: []verdict.PacketBlock{}, Egress: []verdict.PacketBlock{}})
+	b, err := wire.MarshalPackets(&verdict.Packets{Ingress: []verdict.PacketBlock{{Protocol: verdict.UDP, Ports: []verdict.PortRange{{First: 53, Last: 53}}}}})
 	if err != nil {
 		t.Fatal(err)
 	}

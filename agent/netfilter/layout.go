@@ -113,6 +113,19 @@ func (w Chain) check(conn *nftables.Conn, got *nftables.Chain) error {
 	return nil
 }
 
+// SameRules reports whether two lists of rules would be the same to the kernel. The error is of a rule that it would not take.
+func SameRules(a, b [][]expr.Any) (bool, error) {
+	if len(a) != len(b) {
+		return false, nil
+	}
+	for i := range a {
+		if same, err := sameExprs(a[i], b[i]); err != nil || !same {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
 // sameExprs compares by what would go to the kernel.
 func sameExprs(a, b []expr.Any) (bool, error) {
 	if len(a) != len(b) {

@@ -59,22 +59,34 @@ func (rs *Ruleset) write(conn *nftables.Conn) error {
 	for _, c := range rs.Chains { // first all of them, without rules: maps and rules name chains
 		conn.AddChain(c.Chain)
 	}
-	for _, s := range rs.Sets {
+	for i := range rs.Sets {
+		s := &rs.Sets[i]
 		if err := conn.AddSet(s.Set, nil); err != nil {
 			return fmt.Errorf("set %s: %w", s.Name, err)
 		}
-		for elements := range slices.Chunk(s.Elements, elementsPerMessage) {
-			if err := conn.SetAddElements(s.Set, elements); err != nil {
-				return fmt.Errorf("elements of set %s: %w", s.Name, err)
-			}
+		if err := s.addElements(conn); err != nil {
+			return err
 		}
 	}
-	for _, c := range rs.Chains {
-		for _, exprs := range c.Rules {
-			conn.AddRule(&nftables.Rule{Table: rs.Table, Chain: c.Chain, Exprs: exprs})
-		}
+	for i := range rs.Chains {
+		addRules(conn, &rs.Chains[i])
 	}
 	return conn.Flush()
+}
+
+func (s *Set) addElements(conn *nftables.Conn) error {
+	for elements := range slices.Chunk(s.Elements, elementsPerMessage) {
+		if err := conn.SetAddElements(s.Set, elements); err != nil {
+			return fmt.Errorf("elements of set %s: %w", s.Name, err)
+		}
+	}
+	return nil
+}
+
+func addRules(conn *nftables.Conn, c *Chain) {
+	for _, exprs := range c.Rules {
+		conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c.Chain, Exprs: exprs})
+	}
 }
 
 // clear adds the table, and to the same transaction what empties the one that there is, but for base chains that stay.

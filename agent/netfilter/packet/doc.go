@@ -1,6 +1,6 @@
 // Package packet enforces a pod's verdict.Packets, its policy on UDP and SCTP, with nftables in the pod's network namespace.
 //
-//	verdict.Packets ──Emit──► Ruleset (chains, rules, sets as the kernel gets them) ──Apply──► kernel, one transaction
+//	verdict.Packets ──Emit──► Ruleset (chains, rules, sets as the kernel gets them) ──Table.Apply──► kernel, one transaction of what differs
 //	                             └──► an interpreter holds it against the value in random tests
 //
 //	 from outside                                    from the pod's processes
@@ -11,12 +11,13 @@
 //	all else: as it is                              all else: as it is
 //	      │                                               │
 //	lo, own node: accept                            lo, proxy's mark, own node: accept
-//	port ──► block-N: addresses in its sets: accept; else drop
+//	port ──► from-…, to-…: addresses in its sets: accept; else drop
 //
 // These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.
 //
-// The table is independent of the redirect's. It is replaced in one transaction, between its base chains that stay, so that every packet
-// meets the old rules or the new ones. One that meets old rules whose sets have just gone is dropped: never admitted by neither.
+// The table is independent of the redirect's. It becomes another in one transaction, so that every packet meets the old rules or the new ones. The kernel
+// reads elements of sets as they are at the moment of the lookup, however; so whom a port admits has a name that stands for its content and
+// never changes, and the maps of ports are all that does. One that meets old rules whose sets have just gone is dropped: never admitted by neither.
 //
 //   - Longest prefixes are flattened into intervals of allowed addresses, apart from each other. What no interval holds is dropped.
 //   - Prerouting and postrouting, not input and output: so what a pod forwards (containers in it) meets the rules as well; addresses are those

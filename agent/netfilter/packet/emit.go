@@ -2,7 +2,9 @@ package packet
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -53,12 +55,13 @@ type direction struct {
 
 // sides are offsets in the headers of a packet.
 type sides struct {
+	name   string // of the chains that look at the peer there
 	v4, v6 uint32 // the peer's address
 	port   uint32
 }
 
-func peerSends(port uint32) sides { return sides{v4: 12, v6: 8, port: port} }
-func peerGets(port uint32) sides  { return sides{v4: 16, v6: 24, port: port} }
+func peerSends(port uint32) sides { return sides{name: "from-", v4: 12, v6: 8, port: port} }
+func peerGets(port uint32) sides  { return sides{name: "to-", v4: 16, v6: 24, port: port} }
 
 const (
 	sourcePort      = 0 // in the header of UDP and SCTP
@@ -75,12 +78,21 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 		return nil, errors.New("packets: mark 0 is the mark of every ordinary socket; choose another")
 	}
 	rs := &Ruleset{Table: &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}}
-	rs.direction(direction{name: "ingress", replies: "egress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME,
+	e := emission{rules: rs, made: map[string]bool{}}
+	e.direction(direction{name: "ingress", replies: "egress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME,
 		begins: peerSends(destinationPort), answers: peerGets(sourcePort), blocks: p.Ingress, accepted: p.Node})
-	rs.direction(direction{name: "egress", replies: "ingress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME,
+	e.direction(direction{name: "egress", replies: "ingress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME,
 		begins: peerGets(destinationPort), answers: peerSends(sourcePort), blocks: p.Egress, accepted: p.Node, mark: mark})
-	rs.services(p.Services, mark)
+	e.services(p.Services, mark)
+	rs.Chains = append(rs.Chains, e.led...)
 	return rs, nil
+}
+
+// emission is a table in the making.
+type emission struct {
+	rules *Ruleset
+	made  map[string]bool // names that stand for what they are made of
+	led   []Chain         // those that maps lead to
 }
 
 // direction adds, in nft's own language and for each protocol:
@@ -93,12 +105,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 //		ct direction reply goto egress-udp-replies
 //		meta mark 0x6d74 ct mark set meta mark accept # at egress: the agent's own
 //		ip saddr 10.0.0.1 accept                 # own node
-//		th dport vmap @ingress-udp-ports         # 1-52 : goto ingress-udp-0, …
-//		drop
-//	}
-//	chain ingress-udp-0 {
-//		meta nfproto ipv4 ip saddr @ingress-udp-0-v4 accept
-//		meta nfproto ipv6 accept                 # where every address of the family is allowed
+//		th dport vmap @ingress-udp-ports         # 1-52 : jump from-6f1d…, …
 //		drop
 //	}
 //
@@ -107,15 +114,13 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 //	chain ingress-udp-replies {
 //		ct mark 0x6d74 accept                    # at egress
 //		ip daddr 10.0.0.1 accept
-//		th sport vmap @ingress-udp-replies-ports # 1-52 : goto ingress-udp-0-replies, …
+//		th sport vmap @ingress-udp-replies-ports # 1-52 : jump to-6f1d…, …
 //		drop
 //	}
-//	chain ingress-udp-0-replies {
-//		meta nfproto ipv4 ip daddr @ingress-udp-0-v4 accept
-//		meta nfproto ipv6 accept
-//		drop
-//	}
-func (rs *Ruleset) direction(d direction) {
+//
+// These chains are the same for every policy: what differs is in the maps and in what they lead to, which never changes (see peers).
+func (e *emission) direction(d direction) {
+	rs := e.rules
 	accept := nftables.ChainPolicyAccept
 	base := Chain{Chain: &nftables.Chain{Name: d.name, Table: rs.Table, Type: nftables.ChainTypeFilter, Hooknum: d.hook,
 		Priority: nftables.ChainPriorityFilter, Policy: &accept}}
@@ -126,33 +131,31 @@ func (rs *Ruleset) direction(d direction) {
 	}{{verdict.UDP, unix.IPPROTO_UDP}, {verdict.SCTP, unix.IPPROTO_SCTP}} {
 		suffix := "-" + strings.ToLower(proto.String())
 		name := d.name + suffix
-		base.Rules = append(base.Rules, rule(meta(expr.MetaKeyL4PROTO, []byte{proto.number}), jump(name)))
+		base.Rules = append(base.Rules, rule(meta(expr.MetaKeyL4PROTO, []byte{proto.number}), goTo(name)))
 
 		first := rs.chain(name)
-		first.Rules = append(first.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(reply(), jump(d.replies+suffix+repliesSuffix)))
+		first.Rules = append(first.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(reply(), goTo(d.replies+suffix+repliesSuffix)))
 		back := rs.chain(name + repliesSuffix)
 		if d.mark != 0 {
 			mark := binaryutil.NativeEndian.PutUint32(d.mark)
 			first.Rules = append(first.Rules, rule(meta(expr.MetaKeyMARK, mark), markFlow(), done(expr.VerdictAccept)))
 			back.Rules = append(back.Rules, rule(flowMark(), equals(mark), done(expr.VerdictAccept)))
 		}
-		var blocks, backBlocks []Chain
-		var ranges []portGoto
+		var ranges []portPeers
 		for i := range d.blocks {
 			b := &d.blocks[i]
 			if b.Protocol != proto.Protocol {
 				continue
 			}
-			block, backBlock := rs.block(d, fmt.Sprintf("%s-%d", name, len(blocks)), b.Peers)
-			blocks, backBlocks = append(blocks, block), append(backBlocks, backBlock)
+			peers := e.peers(b.Peers)
 			for _, r := range b.Ports {
-				ranges = append(ranges, portGoto{r, block.Name})
+				ranges = append(ranges, portPeers{r, peers})
 			}
 		}
-		slices.SortFunc(ranges, func(a, b portGoto) int { return cmp.Compare(a.First, b.First) })
-		rs.judge(&first, d.begins, d.accepted, ranges, "")
-		rs.judge(&back, d.answers, d.accepted, ranges, repliesSuffix)
-		judging = slices.Concat(judging, []Chain{first}, blocks, []Chain{back}, backBlocks)
+		slices.SortFunc(ranges, func(a, b portPeers) int { return cmp.Compare(a.First, b.First) })
+		rs.judge(&first, d.begins, d.accepted, ranges)
+		rs.judge(&back, d.answers, d.accepted, ranges)
+		judging = append(judging, first, back)
 	}
 	rs.Chains = append(append(rs.Chains, base), judging...)
 }
@@ -160,47 +163,71 @@ func (rs *Ruleset) direction(d direction) {
 // repliesSuffix is that of chains which judge replies.
 const repliesSuffix = "-replies"
 
-// judge ends a chain: peers that are accepted always pass, ports lead to the chain of their block, the rest is dropped.
-func (rs *Ruleset) judge(c *Chain, at sides, accepted []netip.Addr, ranges []portGoto, suffix string) {
+// judge ends a chain: peers that are accepted always pass, ports lead to the chain of their peers, the rest is dropped.
+func (rs *Ruleset) judge(c *Chain, at sides, accepted []netip.Addr, ranges []portPeers) {
 	for _, a := range accepted {
 		c.Rules = append(c.Rules, rule(at.address(a.Is4()), equals(a.AsSlice()), done(expr.VerdictAccept)))
 	}
-	if len(ranges) > 0 {
-		ports := Set{Set: &nftables.Set{Table: rs.Table, Name: c.Name + "-ports", Interval: true, IsMap: true,
-			KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian}}
-		ports.Elements = portElements(ranges, suffix)
-		rs.add(&ports)
-		c.Rules = append(c.Rules, rule(at.portLoaded(), lookup(ports.Set)))
-	}
-	c.Rules = append(c.Rules, rule(done(expr.VerdictDrop)))
+	ports := Set{Set: &nftables.Set{Table: rs.Table, Name: c.Name + "-ports", Interval: true, IsMap: true,
+		KeyType: nftables.TypeInetService, DataType: nftables.TypeVerdict, KeyByteOrder: binaryutil.BigEndian}}
+	ports.Elements = portElements(ranges, at.name)
+	rs.add(&ports)
+	c.Rules = append(c.Rules, rule(at.portLoaded(), lookup(ports.Set)), rule(done(expr.VerdictDrop)))
 }
 
-// block makes the chain that accepts the peers of a block and drops the rest, and that for what goes back to them, which looks into the same sets.
-func (rs *Ruleset) block(d direction, name string, peers []verdict.PacketPrefix) (first, back Chain) {
-	first, back = rs.chain(name), rs.chain(name+repliesSuffix)
-	v4, v6 := flatten(peers)
+// peers adds the chains that accept the peers of a block, on the way to the pod and from it, unless they are there already, and returns the name that
+// both, and their sets, have in common:
+//
+//	chain from-6f1d… {
+//		meta nfproto ipv4 ip saddr @peers-6f1d…-v4 accept
+//		meta nfproto ipv6 accept                 # where every address of the family is allowed
+//	}
+//	chain to-6f1d… {
+//		meta nfproto ipv4 ip daddr @peers-6f1d…-v4 accept
+//		meta nfproto ipv6 accept
+//	}
+//
+// The name stands for the peers: chains and sets of one name are the same in all policies. So a policy that comes after another may leave them
+// where they are (see change), and a packet that is under way at the moment of a commit meets the old peers of its port or the new ones.
+func (e *emission) peers(list []verdict.PacketPrefix) string {
+	v4, v6 := flatten(list)
+	name, made := e.named(fmt.Sprint(v4, v6))
+	if made {
+		return name
+	}
+	rs := e.rules
+	from, to := peerSends(0), peerGets(0)
+	in, out := rs.chain(from.name+name), rs.chain(to.name+name)
 	for _, family := range []struct {
 		intervals []interval
 		v4        bool
 		suffix    string
 		key       nftables.SetDatatype
 	}{{v4, true, "-v4", nftables.TypeIPAddr}, {v6, false, "-v6", nftables.TypeIP6Addr}} {
-		switch in := family.intervals; {
-		case len(in) == 0:
-		case in[0].whole():
-			first.Rules = append(first.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
-			back.Rules = append(back.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
+		switch list := family.intervals; {
+		case len(list) == 0:
+		case list[0].whole():
+			in.Rules = append(in.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
+			out.Rules = append(out.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
 		default:
-			s := Set{Set: &nftables.Set{Table: rs.Table, Name: name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
-				Elements: addressElements(in)}
+			s := Set{Set: &nftables.Set{Table: rs.Table, Name: "peers-" + name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
+				Elements: addressElements(list)}
 			rs.add(&s)
-			first.Rules = append(first.Rules, rule(d.begins.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
-			back.Rules = append(back.Rules, rule(d.answers.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
+			in.Rules = append(in.Rules, rule(from.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
+			out.Rules = append(out.Rules, rule(to.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
 		}
 	}
-	first.Rules = append(first.Rules, rule(done(expr.VerdictDrop)))
-	back.Rules = append(back.Rules, rule(done(expr.VerdictDrop)))
-	return first, back
+	e.led = append(e.led, in, out)
+	return name
+}
+
+// named is the name of what a text describes, the same wherever it is described so, and whether it has been asked for before.
+func (e *emission) named(content string) (name string, before bool) {
+	sum := sha256.Sum256([]byte(content))
+	name = hex.EncodeToString(sum[:16])
+	before = e.made[name]
+	e.made[name] = true
+	return name, before
 }
 
 func (rs *Ruleset) chain(name string) Chain {
@@ -224,17 +251,18 @@ func addressElements(in []interval) []nftables.SetElement {
 	return out
 }
 
-// portGoto says which chain judges a range of ports.
-type portGoto struct {
+// portPeers says who is accepted at a range of ports.
+type portPeers struct {
 	verdict.PortRange
-	chain string
+	peers string
 }
 
-// portElements are the elements for sorted ranges, which go to the chains with a suffix.
-func portElements(ranges []portGoto, suffix string) []nftables.SetElement {
+// portElements are the elements for sorted ranges. Chains of peers return where they do not accept: also one that comes with a commit while a packet is
+// on its way through the rules of before, for which that chain is still empty.
+func portElements(ranges []portPeers, prefix string) []nftables.SetElement {
 	var out []nftables.SetElement
 	for _, r := range ranges {
-		to := &expr.Verdict{Kind: expr.VerdictGoto, Chain: r.chain + suffix}
+		to := &expr.Verdict{Kind: expr.VerdictJump, Chain: prefix + r.peers}
 		out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, r.First), VerdictData: to})
 		if r.Last < 65535 {
 			out = append(out, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, r.Last+1), IntervalEnd: true})

@@ -17,8 +17,8 @@ func rule(parts ...[]expr.Any) []expr.Any {
 
 func done(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
 
-// jump goes to a chain for good: it ends with a verdict of its own.
-func jump(chain string) []expr.Any {
+// goTo goes to a chain for good: it ends with a verdict of its own.
+func goTo(chain string) []expr.Any {
 	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}
 }
 

@@ -39,26 +39,25 @@ func register(n uint32) uint32 {
 //
 //	chain services { type nat hook output priority -100; policy accept;
 //		meta mark 0x6d74 accept
-//		meta l4proto . ip daddr . th dport vmap @services-v4     # udp . 10.96.0.10 . 53 : goto service-0, …
+//		meta l4proto . ip daddr . th dport vmap @services-v4     # udp . 10.96.0.10 . 53 : goto service-3ab2…, …
 //		meta l4proto . ip6 daddr . th dport vmap @services-v6
 //	}
-//	chain service-0 {
-//		dnat ip to numgen random mod 2 map @service-0            # 0 : 10.64.0.3 . 53, 1 : 10.64.0.7 . 53
+//	chain service-3ab2… {
+//		dnat ip to numgen random mod 2 map @service-3ab2…        # 0 : 10.64.0.3 . 53, 1 : 10.64.0.7 . 53
 //	}
-//	chain service-1 {                                                # no endpoints
+//	chain service-70c1… {                                            # no endpoints
 //		drop
 //	}
 //
-// A node port is at every node's addresses: those with the same endpoints share a chain.
+// Those with the same endpoints share a chain, whose name stands for them: a node port is at every node's addresses.
 //
 // NAT asks once for each flow; what comes back is translated back. The proxy's mark leaves the agent's own flows to the node.
-func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
+func (e *emission) services(list []verdict.PacketService, mark uint32) {
+	rs := e.rules
 	accept := nftables.ChainPolicyAccept
 	base := Chain{Chain: &nftables.Chain{Name: "services", Table: rs.Table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput,
 		Priority: nftables.ChainPriorityNATDest, Policy: &accept}}
 	base.Rules = append(base.Rules, rule(meta(expr.MetaKeyMARK, binaryutil.NativeEndian.PutUint32(mark)), done(expr.VerdictAccept)))
-	var chains []Chain
-	leading := map[string]string{} // names of chains, by what they lead to
 	for _, f := range []family{ipv4, ipv6} {
 		all := Set{Set: &nftables.Set{Table: rs.Table, Name: "services" + f.suffix, IsMap: true, DataType: nftables.TypeVerdict,
 			KeyType: nftables.MustConcatSetType(nftables.TypeInetProto, f.kind, nftables.TypeInetService)}}
@@ -67,18 +66,13 @@ func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
 			if s.Addr.Addr().Is4() != (f.number == unix.NFPROTO_IPV4) {
 				continue
 			}
-			to := fmt.Sprint(f.suffix, s.Endpoints)
-			name, made := leading[to]
+			content, made := e.named(fmt.Sprint("service", f.suffix, s.Endpoints))
+			name := "service-" + content
 			if !made {
-				name = fmt.Sprintf("service-%d", i)
-				leading[to] = name
-				chains = append(chains, rs.service(f, name, s))
+				e.led = append(e.led, rs.service(f, name, s))
 			}
 			key := slices.Concat([]byte{protocolNumber(s.Protocol), 0, 0, 0}, s.Addr.Addr().AsSlice(), portWord(s.Addr.Port()))
 			all.Elements = append(all.Elements, nftables.SetElement{Key: key, VerdictData: &expr.Verdict{Kind: expr.VerdictGoto, Chain: name}})
-		}
-		if len(all.Elements) == 0 {
-			continue
 		}
 		rs.add(&all)
 		base.Rules = append(base.Rules, rule(nfproto(f.number == unix.NFPROTO_IPV4), []expr.Any{
@@ -87,7 +81,7 @@ func (rs *Ruleset) services(list []verdict.PacketService, mark uint32) {
 			&expr.Payload{DestRegister: register(1 + f.words), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		}, lookup(all.Set)))
 	}
-	rs.Chains = append(append(rs.Chains, base), chains...)
+	rs.Chains = append(rs.Chains, base)
 }
 
 // service makes the chain that leads a flow to one of the endpoints, or refuses it where there is none.

@@ -194,7 +194,7 @@ func TestRefusedTableChangesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rs.Chains[0].Rules = append(rs.Chains[0].Rules, jump("nowhere"))
+	rs.Chains[0].Rules = append(rs.Chains[0].Rules, goTo("nowhere"))
 	if err := rs.Apply(kernel(t)); err == nil {
 		t.Fatal("a rule that goes to no chain was taken")
 	}

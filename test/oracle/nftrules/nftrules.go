@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -107,13 +108,15 @@ func (m *machine) chain(c *packet.Chain, depth int) (expr.VerdictKind, error) {
 		}
 		switch v.Kind {
 		case expr.VerdictContinue:
-		case expr.VerdictGoto: // what comes after it in this chain is never met
-			for j := range m.rs.Chains {
-				if m.rs.Chains[j].Name == v.Chain {
-					return m.chain(&m.rs.Chains[j], depth+1)
-				}
+		case expr.VerdictGoto, expr.VerdictJump:
+			j := slices.IndexFunc(m.rs.Chains, func(c packet.Chain) bool { return c.Name == v.Chain })
+			if j < 0 {
+				return 0, fmt.Errorf("rule %d: no chain %s", i, v.Chain)
 			}
-			return 0, fmt.Errorf("rule %d: no chain %s", i, v.Chain)
+			kind, err := m.chain(&m.rs.Chains[j], depth+1)
+			if err != nil || v.Kind == expr.VerdictGoto || kind != expr.VerdictContinue { // after a goto the rest of this chain is never met
+				return kind, err
+			}
 		case expr.VerdictAccept, expr.VerdictDrop:
 			return v.Kind, nil
 		default:
