@@ -28,6 +28,15 @@ type flight struct {
 type item struct {
 	entry    *entry
 	resource *resource
+	denial   *resource // the cluster without endpoints in whose place the name is removed; nil: it is gone
+}
+
+// good is what the entry has when Envoy has ACKed the item.
+func (it item) good() *resource {
+	if it.denial != nil {
+		return it.denial
+	}
+	return it.resource
 }
 
 // envoyComes begins a stream of Envoy's, in the place of any that there was.
@@ -148,11 +157,11 @@ func (m *machine) serve(k *kind, all bool) {
 		switch {
 		case e.flight != nil: // which is newer, and answers
 		case r != nil && (e.due || all && e.sent != r.version):
-			items = append(items, item{e, r})
+			items = append(items, item{entry: e, resource: r})
 		case r == nil && e.due && (m.down && e.onDemand() || e.answered && e.latest == nil || !e.subscribed):
-			items = append(items, item{e, nil})
+			items = append(items, item{entry: e})
 		case r == nil && all && k.complete && e.sent != "":
-			items = append(items, item{e, nil})
+			items = append(items, item{entry: e})
 		}
 	}
 	if len(items) > 0 || all && k.complete {
@@ -232,10 +241,23 @@ func (m *machine) accepted(f *flight) {
 			}
 		}
 		e.untried = e.untried && it.resource != e.good
-		if f.of != nil && (it.resource == nil || f.kind.wildcard && !e.onDemand() || e.wanted()) { // else it was forgotten meanwhile
-			e.good = it.resource
+		if f.of != nil && (it.good() == nil || f.kind.wildcard && !e.onDemand() || e.wanted()) { // else it was forgotten meanwhile
+			e.good = it.good()
+		}
+		if it.denial != nil && e.flight == nil && e.good == it.denial {
+			m.withdrawn(e)
 		}
 		m.changed(e)
+	}
+}
+
+// withdrawn is for a denied cluster that Envoy has let go of.
+func (m *machine) withdrawn(e *entry) {
+	switch {
+	case e.subscribed: // it has asked while the removal was on its way to it, and would let each connection wait for a cluster
+		m.pass(e.kind, []item{{entry: e, resource: e.good}}, nil, nil)
+	case e.question == nil: // nobody follows it
+		e.good, e.latest, e.answered = nil, nil, false
 	}
 }
 
@@ -268,7 +290,7 @@ func (m *machine) refusedGood(e *entry, f *flight, r *resource) {
 	switch {
 	case r == nil || e.forEnvoy() != r:
 	case len(f.items) > 1:
-		m.pass(f.kind, []item{{e, r}}, nil, nil)
+		m.pass(f.kind, []item{{entry: e, resource: r}}, nil, nil)
 	case e.untried:
 		e.good, e.latest, e.answered, e.untried, e.again = nil, nil, false, false, true
 		m.move(e)

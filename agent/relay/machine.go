@@ -80,7 +80,7 @@ func (m *machine) changed(e *entry) {
 	if e.onDemand() && e.maybe && e.flight == nil && (!e.wanted() || e.refusal != "" && e.good == nil) {
 		// What Envoy may have applied all the same and nobody follows, or nobody will send again, it must not have.
 		m.deliver()
-		m.pass(e.kind, []item{{e, nil}}, nil, nil)
+		m.pass(e.kind, []item{{entry: e}}, nil, nil)
 	}
 	e.kind.settle(e)
 }

@@ -202,7 +202,7 @@ func (m *machine) release(list []*entry) {
 		e.question = nil
 		if !e.subscribed {
 			if m.envoy != nil && e.present() {
-				items = append(items, item{e, nil})
+				items = append(items, item{entry: e})
 			}
 			e.good, e.latest, e.answered, e.untried, e.refusal, e.again = nil, nil, false, false, "", true
 		}

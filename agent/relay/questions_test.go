@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -88,9 +89,11 @@ func TestAsk(t *testing.T) {
 	case <-time.After(50 * time.Millisecond): // less than the patience
 	}
 	close(release)
-	if r := <-passed; len(r.Resources) != 1 || r.Resources[0].Version != "empty" {
+	r = <-passed
+	if len(r.Resources) != 0 || !slices.Equal(r.RemovedResources, []string{onDemandName(dest)}) {
 		t.Errorf("envoy got %v", r)
 	}
+	b.says(envoy, &deltaRequest{TypeUrl: TypeCluster, ResponseNonce: r.Nonce})
 	wantRequest(t, up, &deltaRequest{TypeUrl: TypeCluster, ResponseNonce: "2"})
 
 	other := netip.MustParseAddrPort("10.0.0.2:80")

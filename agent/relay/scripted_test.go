@@ -97,7 +97,11 @@ func TestAdmittedAfterADenial(t *testing.T) {
 	w := settled(t)
 	w.plane.resolves[onDemandName(dest)] = "empty2"
 	w.settle()
-	w.holds("empty2")
+	w.holds("")
+	if allowed, known := w.view[dest]; allowed || !known {
+		t.Errorf("allowed %t, known %t", allowed, known)
+	}
+	w.rested()
 	w.plane.resolves[onDemandName(dest)] = "full3"
 	w.settle()
 	if _, known := w.view[dest]; known {
@@ -128,16 +132,39 @@ func TestInheritedClusterIsFollowed(t *testing.T) {
 	w.startEnvoy()
 	w.settle()
 	w.holds("full1")
-	w.plane.resolves[onDemandName(dest)] = "empty2"
+	w.plane.resolves[onDemandName(dest)] = "full2"
 	w.settle()
-	w.holds("empty2")
+	w.holds("full2")
+	w.lose()
 	w.plane.resolves[onDemandName(dest)] = "full3"
 	w.settle()
 	w.holds("full3")
-	w.lose()
-	w.plane.resolves[onDemandName(dest)] = "full4"
+	w.plane.resolves[onDemandName(dest)] = "empty4"
 	w.settle()
-	w.holds("full4")
+	w.holds("")
+	if e := w.m.kind(TypeCluster).entries[onDemandName(dest)]; e != nil {
+		t.Errorf("nobody asks for it, and still known: %+v", e)
+	}
+	w.envoy.ask(TypeCluster, onDemandName(dest))
+	w.settle()
+	w.holds("empty4")
+}
+
+// Envoy asks for a cluster that it is just being told to let go of, because the pod may not connect there any more: it gets the one without
+// endpoints, and closes connections at once.
+func TestAskedForWhileItIsDenied(t *testing.T) {
+	w := settled(t)
+	w.plane.resolves[onDemandName(dest)] = "empty2"
+	w.exchange()
+	w.envoy.ask(TypeCluster, onDemandName(dest))
+	w.fromEnvoy()
+	w.settle()
+	w.holds("empty2")
+	w.rested()
+	w.plane.resolves[onDemandName(dest)] = "full3"
+	w.settle()
+	w.holds("full3")
+	w.rested()
 }
 
 // Envoy asks for a cluster while a newer version of it is on its way: it is not sent the older one after that.
