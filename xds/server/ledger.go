@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -221,6 +222,11 @@ func (c *client) status() ClientStatus {
 		cs.Since = c.connectedAt
 	}
 	cs.InForce = cs.Connected && c.published
+	n := 0
+	for _, ts := range c.types {
+		n += len(ts.entries)
+	}
+	cs.Resources = make([]ResourceStatus, 0, n)
 	for url, ts := range c.types {
 		if ts.counters != (Counters{}) {
 			cs.Counters[url] = ts.counters
@@ -241,7 +247,7 @@ func (c *client) status() ClientStatus {
 		}
 	}
 	slices.SortFunc(cs.Resources, func(a, b ResourceStatus) int {
-		return strings.Compare(a.Type+"\x00"+a.Name, b.Type+"\x00"+b.Name)
+		return cmp.Or(strings.Compare(a.Type, b.Type), strings.Compare(a.Name, b.Name))
 	})
 	return cs
 }
