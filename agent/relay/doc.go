@@ -43,8 +43,9 @@
 //
 // [Relay.Ask] asks the same on the agent's behalf: may the pod connect there? A cluster with endpoints goes to Envoy as well, and the
 // answer waits for Envoy's ACK, so that the connection which follows finds it. One without costs Envoy nothing: it is for those who asked for it themselves. From
-// then on changes are told ([Relay.OnDestinations]): denials before Envoy hears of them, admissions after it has. What was denied and is admitted is
-// told as unknown and not followed any more: Envoy gets its cluster when somebody asks again. [Relay.Forget] ends that, too.
+// then on changes are told ([Relay.OnDestinations]): denials before Envoy hears of them, admissions after it has. A cluster that comes to be denied Envoy
+// lets go of, unless it has asked for it. What was denied and is admitted is told as unknown and not followed any more: Envoy gets its cluster when
+// somebody asks again. [Relay.Forget] ends that, too.
 //
 // Envoy applies of a response that it refuses what it can, and does not say what. Where that leaves an on-demand cluster in doubt it counts as
 // denied, and is taken out of Envoy where nobody will send it again.
