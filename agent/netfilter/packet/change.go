@@ -17,7 +17,7 @@ import (
 // the table beside it, but see [netfilter.Guard].
 type Table struct {
 	conn    *netfilter.Conn
-	written *Ruleset // what the kernel took last from here; nil: there is no telling what it has
+	written *Ruleset // what the kernel took last from here, but for the peers, whose names say enough; nil: there is no telling what it has
 }
 
 // OpenTable returns a table that nothing has been written to. There may be one already.
@@ -41,8 +41,18 @@ func (t *Table) Apply(p *verdict.Packets) error {
 	if err != nil {
 		return err
 	}
+	next.forgetPeers()
 	t.written = next
 	return nil
+}
+
+// forgetPeers lets go of the peers' addresses, of which there may be ten thousands.
+func (rs *Ruleset) forgetPeers() {
+	for i := range rs.Sets {
+		if s := &rs.Sets[i]; !s.IsMap {
+			s.Elements = nil
+		}
+	}
 }
 
 // Rewrite is Apply for a table that somebody else has changed: all of it is written.
@@ -111,10 +121,7 @@ func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 			newSets, newElements = append(newSets, s), append(newElements, s)
 		case !sameKind(was, s):
 			return errAnew
-		case !slices.EqualFunc(was.Elements, s.Elements, sameElement):
-			if !s.IsMap { // those of peers never change
-				return errAnew
-			}
+		case s.IsMap && !slices.EqualFunc(was.Elements, s.Elements, sameElement):
 			conn.FlushSet(s.Set)
 			newElements = append(newElements, s)
 		}
