@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -167,6 +168,10 @@ func (in *input) sandbox(ctx context.Context, cmd *cobra.Command, args []string,
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	if os.Getenv("GOGC") == "" {
+		// The heap is some 10 MB, which a default collection goes through each few edits: in the middle of one, for as much CPU as that takes itself.
+		debug.SetGCPercent(400)
+	}
 	bar := newProgress(stderr)
 	defer bar.clear()
 	began := time.Now()
