@@ -20,8 +20,8 @@ import (
 //	                                     netfilter.Guard ──Repair┘
 //
 // The rules judge every packet of a flow, so that what is not allowed any more has ended when the kernel has taken them. What is left for later is
-// that conntrack forgets such flows: those of a service have to be led to another endpoint, and the ports of the others are to be free for a flow that
-// begins at the other end.
+// that conntrack forgets such flows: those of a service have to be led to another endpoint, and the ports of those that a peer began are to be free for a
+// flow that the pod begins.
 //
 // Until the first the pod is closed: nothing gets through but what is between it and its node. From then on the last that the kernel took is
 // in force, however long the control plane is away.

@@ -19,6 +19,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/mantlet/mantlet/agent/netfilter/packet"
 	"github.com/mantlet/mantlet/agent/podtest"
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
 	"github.com/mantlet/mantlet/verdict"
@@ -235,6 +236,9 @@ func TestPacketsRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cleanRedirect(t) })
+	if _, err := packet.Revoke(func() *verdict.Packets { return &verdict.Packets{} }); err != nil { // what other tests have left
+		t.Fatal(err)
+	}
 	p.forget.others = 100 * time.Millisecond
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -251,7 +255,7 @@ func TestPacketsRevoke(t *testing.T) {
 		for _, port := range ports {
 			block.Ports = append(block.Ports, verdict.PortRange{First: port, Last: port})
 		}
-		b, err := wire.MarshalPackets(&verdict.Packets{Ingress: []verdict.PacketBlock{}, Egress: []verdict.PacketBlock{block}})
+		b, err := wire.MarshalPackets(&verdict.Packets{Ingress: []verdict.PacketBlock{block}, Egress: []verdict.PacketBlock{}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -260,35 +264,35 @@ func TestPacketsRevoke(t *testing.T) {
 		}
 	}
 	// Both flows have replies, so that conntrack would let them go on.
-	flow := func(port int) (app, server net.PacketConn) {
-		app = udpSocket(t, nil, ":0")
-		server = udpSocket(t, outside, fmt.Sprintf("%s:%d", podtest.OutsideIPv4, port))
+	flow := func(port int) (app, client net.PacketConn) {
+		app = udpSocket(t, nil, fmt.Sprintf("%s:%d", podtest.PodIPv4, port))
+		client = udpSocket(t, outside, fmt.Sprintf("%s:0", podtest.OutsideIPv4))
 		buf := make([]byte, 16)
-		_ = server.SetReadDeadline(time.Now().Add(patience))
+		_ = client.SetReadDeadline(time.Now().Add(patience))
 		_ = app.SetReadDeadline(time.Now().Add(patience))
-		if _, err := app.WriteTo([]byte("x"), server.LocalAddr()); err != nil {
+		if _, err := client.WriteTo([]byte("x"), app.LocalAddr()); err != nil {
 			t.Fatal(err)
 		}
-		_, from, err := server.ReadFrom(buf)
+		_, from, err := app.ReadFrom(buf)
 		if err == nil {
-			_, err = server.WriteTo([]byte("y"), from)
+			_, err = app.WriteTo([]byte("y"), from)
 		}
 		if err == nil {
-			_, _, err = app.ReadFrom(buf)
+			_, _, err = client.ReadFrom(buf)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		return app, server
+		return app, client
 	}
 	policy(7001, 7003)
-	stays, staysServer := flow(7001)
-	goes, goesServer := flow(7003)
+	stays, staysClient := flow(7001)
+	goes, goesClient := flow(7003)
 	policy(7001)
-	if _, err := goes.WriteTo([]byte("x"), goesServer.LocalAddr()); !errors.Is(err, syscall.EPERM) {
+	if _, err := goes.WriteTo([]byte("x"), goesClient.LocalAddr()); !errors.Is(err, syscall.EPERM) {
 		t.Errorf("a flow that is not allowed any more: %v", err)
 	}
-	if _, err := stays.WriteTo([]byte("x"), staysServer.LocalAddr()); err != nil {
+	if _, err := stays.WriteTo([]byte("x"), staysClient.LocalAddr()); err != nil {
 		t.Errorf("a flow that is still allowed: %v", err)
 	}
 	log.await(t, "one flow ended", func(s string) bool { return strings.Contains(s, "ended flows") && strings.Contains(s, "flows=1") })

@@ -29,7 +29,8 @@
 //   - Related flows are not let through: those would be flows that a protocol helper expects and no rule admits. ICMP errors are no UDP and pass
 //     anyway, as do neighbour discovery and path MTU: ICMP is never looked at.
 //   - Replacing the table leaves conntrack alone. It has to forget flows that policy does not allow any more (Revoke), but nothing depends on how soon: a flow
-//     of a service stays with the endpoint that it was led to, and a flow's ports stay those of who began it.
+//     of a service stays with the endpoint that it was led to, and a flow's ports stay those of who began it. What the pod began it never forgets for
+//     being denied: it would come back as a flow of the peer's. It ends when both ends are silent.
 //   - The pod's own source address opens nothing at ingress: what the pod sends to itself comes through lo. From eth0 it is a forgery.
 //   - The mark of the proxy exempts the agent's own name resolution at egress. It takes CAP_NET_ADMIN or CAP_NET_RAW to set.
 package packet

@@ -15,10 +15,14 @@ import (
 	"github.com/mantlet/mantlet/xds/names"
 )
 
-// Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow: those
-// with replies would otherwise go on, and those of services would go on to an endpoint that is not one any more. It is for after Apply: the
-// next packet is a new flow then, and meets the rules. All others are left alone, those of the proxy's mark too. It returns how many were
-// forgotten. policy is asked for the policy in force each time that they are read.
+// Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow, so that they
+// may begin again in another way: those of services to an endpoint that is one, and those that a peer began at the pod's own end. It is for after Apply,
+// whose rules let none of them through. All others are left alone, those of the proxy's mark too. It returns how many were forgotten. policy is asked for
+// the policy in force each time that they are read.
+//
+// What the pod began and may not begin any more is remembered, for as long as anybody sends on it: forgotten, the peer's next packet would be a flow that
+// the peer begins, which the pod's ingress may be open for, and what the pod sends would pass as replies to that. That the peer could begin one is not
+// said: its own egress policy, or the translation of addresses on the way, may let it send only because the pod has begun.
 func Revoke(policy func() *verdict.Packets) (int, error) {
 	local, err := netfilter.Addresses()
 	if err != nil {
@@ -70,27 +74,28 @@ func (j *judge) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
 		return false
 	}
 	// Replies come from where the flow has been led to.
-	return !j.allows(proto, netfilter.Address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
+	return j.forgets(proto, netfilter.Address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
 }
 
 func addressPort(ip net.IP, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(netfilter.Address(ip), port)
 }
 
-// allows decides on a flow from an address to another, which the pod has led to a third, or left as it is.
-func (j *judge) allows(proto verdict.Protocol, from netip.Addr, to, led netip.AddrPort) bool {
-	if j.here(from) { // what begins here may be led to an endpoint
-		if s := j.packets.Service(proto, to); s != nil {
-			if !slices.Contains(s.Endpoints, led) {
-				return false
-			}
-		} else if to != led && !j.decide(j.egress, proto, to) {
-			return false
-		}
-	} else if !j.decide(j.ingress, proto, netip.AddrPortFrom(from, led.Port())) {
-		return false
+// forgets decides on a flow from an address to another, which the pod has led to a third, or left as it is.
+func (j *judge) forgets(proto verdict.Protocol, from netip.Addr, to, led netip.AddrPort) bool {
+	admitted := j.here(led.Addr()) || j.decide(j.egress, proto, led)
+	if !j.here(from) {
+		return !admitted || !j.decide(j.ingress, proto, netip.AddrPortFrom(from, led.Port()))
 	}
-	return j.here(led.Addr()) || j.decide(j.egress, proto, led)
+	// What begins here may be led to an endpoint. right: it still would be led where it is; again: it would come through if it began now.
+	var right, again bool
+	if s := j.packets.Service(proto, to); s != nil {
+		right, again = slices.Contains(s.Endpoints, led), len(s.Endpoints) > 0
+	} else {
+		again = j.here(to.Addr()) || j.decide(j.egress, proto, to)
+		right = to == led || again
+	}
+	return !(right && admitted) && (admitted || again)
 }
 
 // here reports whether an address is the pod's own.

@@ -15,7 +15,7 @@ import (
 )
 
 // Flows with replies end with the policy that allowed them, both directions, both families, and all others go on: also those of the
-// agent, which no policy allows. What has ended is forgotten by conntrack then, so that the other end may begin where it is allowed to.
+// agent, which no policy allows. What the peer began is forgotten by conntrack then, so that the pod may begin where it is allowed to.
 func TestRevoke(t *testing.T) {
 	outside := surroundings(t)
 	const port = 9060
@@ -88,7 +88,7 @@ func TestRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	goOn("before conntrack forgets")
-	if n, err := Revoke(as(narrow)); err != nil || n != 2*(len(peers)-2) {
+	if n, err := Revoke(as(narrow)); err != nil || n != len(peers)-2 {
 		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
 	}
 	goOn("after")
@@ -129,22 +129,68 @@ func TestOtherEndBegins(t *testing.T) {
 	}
 }
 
+// A flow that a pod has begun does not become one that its peer has begun, when policy takes the pod's egress away and leaves its ingress open: the peer
+// may go on sending, and what the pod answers would pass as replies. So it is where a service led there that has no endpoints any more.
+func TestDeniedFlowIsNotTurnedRound(t *testing.T) {
+	outside := surroundings(t)
+	anyone := []verdict.PacketBlock{udp(1, 65535, "0.0.0.0/0", "::/0")}
+	routes(t)
+	for _, a := range []netip.Addr{peers[0], peers[4]} {
+		app, server := socket(t, nil, netip.AddrPortFrom(same(a, own), 0).String()), socket(t, outside, netip.AddrPortFrom(a, 0).String())
+		at := server.LocalAddr().(*net.UDPAddr).AddrPort()
+		open, closed := here(verdict.Packets{Ingress: anyone, Egress: anyone}), here(verdict.Packets{Ingress: anyone})
+		asked := server.LocalAddr()
+		if a.Is4() {
+			open.Services = []verdict.PacketService{{Protocol: verdict.UDP, Addr: vip4, Endpoints: []netip.AddrPort{at}}}
+			closed.Services = []verdict.PacketService{{Protocol: verdict.UDP, Addr: vip4}}
+			asked = net.UDPAddrFromAddrPort(vip4)
+		}
+		apply(t, *open)
+		if _, err := Revoke(as(open)); err != nil {
+			t.Fatal(err)
+		}
+		send(t, app, asked, "hello")
+		receive(t, server)
+		send(t, server, app.LocalAddr(), "stream")
+		if word, from := receive(t, app); word != "stream" || from.String() != asked.String() {
+			t.Fatalf("got %q from %s, not from %s", word, from, asked)
+		}
+		apply(t, *closed)
+		for range 2 {
+			if n, err := Revoke(as(closed)); err != nil || n != 0 {
+				t.Errorf("revoked %d flows, %v", n, err)
+			}
+			send(t, server, app.LocalAddr(), "stream")
+			if send(t, app, server.LocalAddr(), "more") || send(t, app, asked, "more") {
+				t.Errorf("%s: what the pod may not send passes", a)
+			}
+		}
+		apply(t, *open) // and goes on where it may again
+		if !send(t, app, asked, "again") {
+			t.Errorf("%s: what the pod may send again is dropped", a)
+		}
+		if word, _ := receive(t, server); word != "again" {
+			t.Errorf("got %q", word)
+		}
+	}
+}
+
 // TestRevokeThousands ends half of some thousand flows.
 func TestRevokeThousands(t *testing.T) {
-	surroundings(t)
+	outside := surroundings(t)
 	const flows, first = 4000, 20000
 	policy := func(list ...string) *verdict.Packets {
-		return here(verdict.Packets{Egress: []verdict.PacketBlock{udp(first, first+flows, list...)}})
+		return here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(first, first+flows, list...)}})
 	}
 	wide, narrow := policy("10.99.0.3/32", "10.99.0.4/32"), policy("10.99.0.4/32")
 	apply(t, *wide)
 	if _, err := Revoke(as(wide)); err != nil {
 		t.Fatal(err)
 	}
-	from := socket(t, nil, "10.99.0.2:0")
+	from := [2]net.PacketConn{socket(t, outside, "10.99.0.3:0"), socket(t, outside, "10.99.0.4:0")}
 	for i := range flows {
 		for sent := false; !sent; { // ICMP says now and then that nobody listens, which a later send is told of
-			_, err := from.WriteTo([]byte("x"), to(peers[i%2], uint16(first+i)))
+			_, err := from[i%2].WriteTo([]byte("x"), to(netip.MustParseAddr("10.99.0.2"), uint16(first+i)))
 			sent = err == nil
 		}
 	}
@@ -165,7 +211,7 @@ func TestRevokeThousands(t *testing.T) {
 	for _, f := range left {
 		switch port := f.Forward.DstPort; {
 		case f.Forward.Protocol != unix.IPPROTO_UDP || port < first || port >= first+flows:
-		case f.Forward.DstIP.Equal(peers[1].AsSlice()):
+		case f.Forward.SrcIP.Equal(peers[1].AsSlice()):
 			stay++
 		default:
 			t.Fatalf("%s is left", f)
