@@ -156,6 +156,8 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}, true
 	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // so would this, and come from a node, which is admitted everywhere on it
 		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}, true
+	case !sourceAddr(src, addr).IsValid():
+		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}, false
 	case dst == nil && slices.Contains(src.hostIPs, addr):
 		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches its own node"}}, true
 	case dst == nil && src.sidecar && x.inPodNetwork(addr):
@@ -163,10 +165,7 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 	}
 	// What is no pod's may be another's own node, and what is a replica's is another's self.
 	own = !src.sidecar || dst == nil || dst.subject == src.subject
-	switch {
-	case !sourceAddr(src, addr).IsValid():
-		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}, own
-	case !src.sidecar && (dst == nil || !dst.sidecar):
+	if !src.sidecar && (dst == nil || !dst.sidecar) {
 		return Answer{Allowed: true, Reason: verdict.Reason{Text: "not enforced: no end has a sidecar"}}, own
 	}
 	var reason verdict.Reason
