@@ -122,7 +122,7 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 		d, known := x.DestinationFor(key(pod), verdict.UDP, to)
 		var want []netip.AddrPort
 		for _, e := range d.Endpoints {
-			if e.Pod == "" && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
+			if e.Pod == "" && !atOwnNode(pod, e.Addr.Addr()) && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
 				continue // the address of a pod that is gone, or claimed by two: nobody knows who that is
 			}
 			if isNodePort(w, pod, e.Addr) {
@@ -162,9 +162,14 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 	return led, nil
 }
 
+// atOwnNode reports whether an address is of a pod's own node, as it may be inside the pod network too: the first of the node's podCIDR.
+func atOwnNode(pod *corev1.Pod, a netip.Addr) bool {
+	return slices.ContainsFunc(pod.Status.HostIPs, func(h corev1.HostIP) bool { return h.IP == a.String() })
+}
+
 // isNodePort reports whether a node has an address, to a pod, at which a port is a UDP service's.
 func isNodePort(w oracle.World, pod *corev1.Pod, to netip.AddrPort) bool {
-	atNode := slices.ContainsFunc(pod.Status.HostIPs, func(h corev1.HostIP) bool { return h.IP == to.Addr().String() })
+	atNode := atOwnNode(pod, to.Addr())
 	for _, n := range w.Objects.Nodes {
 		atNode = atNode || slices.ContainsFunc(n.Status.Addresses, func(a corev1.NodeAddress) bool { return a.Address == to.Addr().String() })
 	}
