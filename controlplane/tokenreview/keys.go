@@ -55,11 +55,10 @@ func (k *keys) signed(ctx context.Context, token string) error {
 	}
 	key, fresh, err := k.key(id)
 	if key == nil || !fresh {
-		if fetched := k.refresh(ctx); fetched {
-			key, _, err = k.key(id)
-			if key == nil && err == nil {
-				return fmt.Errorf("%w: %q is none of them", errNoKey, id)
-			}
+		fetched := k.refresh(ctx)
+		key, _, err = k.key(id) // somebody else may have fetched them since
+		if fetched && key == nil && err == nil {
+			return fmt.Errorf("%w: %q is none of them", errNoKey, id)
 		}
 	}
 	switch {
