@@ -174,6 +174,33 @@ func outsideOfTheMesh(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 	applied(t, s, slicesOf(m, "outside")...)
 }
 
+// mixedEndpoints: endpoints of several identities, pods without a sidecar and addresses outside are behind one service. Each is reached as it has to be:
+// those of the mesh by mTLS alone, as they are isolated and a pod with a sidecar is nobody in plaintext, the others in plaintext.
+func mixedEndpoints(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
+	list := slicesOf(m, "outside")
+	for i := range list {
+		for _, name := range []string{"shop/api-1", "shop/slow", "shop/api-0"} {
+			a := pod(t, s, name).Spec().IPs[i]
+			list[i].Endpoints = append(list[i].Endpoints, discoveryv1.Endpoint{Addresses: []string{a.String()}})
+		}
+	}
+	applied(t, s, list...)
+	under(t, s, `
+metadata: {name: of-web-alone}
+spec:
+  podSelector: {matchExpressions: [{key: app, operator: In, values: [api, slow]}]}
+  policyTypes: [Ingress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}]}]`, func() {
+		for i, others := range [][]string{{"198.51.100.7/32", "203.0.113.7/32"}, {"2001:db8::7/128"}} {
+			want := append(others, "api-0", "api-1", "plain", "slow")
+			if got := reached(t, s, "shop/web", vips["outside"][i], 80, 150); !slices.Equal(got, want) {
+				t.Errorf("by %s: %q, want %q", vips["outside"][i], got, want)
+			}
+		}
+	})
+	applied(t, s, slicesOf(m, "outside")...)
+}
+
 // serveLine writes a line to whoever connects, until the listener is closed.
 func serveLine(l net.Listener, line string) (done chan struct{}) {
 	done = make(chan struct{})

@@ -182,6 +182,7 @@ func TestServices(t *testing.T) {
 	t.Run("conditions", func(t *testing.T) { changingConditions(t, s, m) })
 	t.Run("partly allowed", func(t *testing.T) { partlyAllowed(t, s) })
 	t.Run("outside", func(t *testing.T) { outsideOfTheMesh(t, s, m) })
+	t.Run("mixed", func(t *testing.T) { mixedEndpoints(t, s, m) })
 	t.Run("another node", func(t *testing.T) { anotherNode(t, s, m) })
 	t.Run("another service", func(t *testing.T) { changingService(t, s, m) })
 }
