@@ -162,7 +162,7 @@ func send(t *testing.T, c net.PacketConn, dest net.Addr, word string) bool {
 // receive returns the next word and its sender.
 func receive(t *testing.T, c net.PacketConn) (string, net.Addr) {
 	t.Helper()
-	buf := make([]byte, 128)
+	buf := make([]byte, 16384)
 	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
 	n, from, err := c.ReadFrom(buf)
 	if err != nil {
