@@ -13,6 +13,9 @@
 //	lo, own node: accept                            lo, proxy's mark, own node: accept
 //	port ──► from-…, to-…: addresses in its sets: accept; else drop
 //
+// UDP-Lite (RFC 3828), of which NetworkPolicy does not speak, is judged as UDP: its sockets take no capability, and it has the same ports in the same
+// places. Services are not led for it.
+//
 // These protocols carry no identity that Envoy could check: an address is all there is, and reports have to say so.
 //
 // The table is independent of the redirect's. It becomes another in one transaction, so that every packet meets the old rules or the new ones. The kernel

@@ -99,6 +99,7 @@ type emission struct {
 //
 //	chain ingress { type filter hook prerouting priority 0; policy accept;
 //		meta l4proto udp goto ingress-udp
+//		meta l4proto udplite goto ingress-udp
 //	}
 //	chain ingress-udp {
 //		iifname "lo" accept
@@ -127,11 +128,13 @@ func (e *emission) direction(d direction) {
 	var judging []Chain
 	for _, proto := range []struct {
 		verdict.Protocol
-		number byte
-	}{{verdict.UDP, unix.IPPROTO_UDP}, {verdict.SCTP, unix.IPPROTO_SCTP}} {
+		numbers []byte
+	}{{verdict.UDP, []byte{unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE}}, {verdict.SCTP, []byte{unix.IPPROTO_SCTP}}} {
 		suffix := "-" + strings.ToLower(proto.String())
 		name := d.name + suffix
-		base.Rules = append(base.Rules, rule(meta(expr.MetaKeyL4PROTO, []byte{proto.number}), goTo(name)))
+		for _, number := range proto.numbers {
+			base.Rules = append(base.Rules, rule(meta(expr.MetaKeyL4PROTO, []byte{number}), goTo(name)))
+		}
 
 		first := rs.chain(name)
 		first.Rules = append(first.Rules, rule(meta(d.iface, interfaceName("lo")), done(expr.VerdictAccept)), rule(reply(), goTo(d.replies+suffix+repliesSuffix)))

@@ -2,6 +2,7 @@ package packet
 
 import (
 	"encoding/binary"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/podtest"
@@ -75,17 +77,32 @@ func ping(t *testing.T, a netip.Addr) {
 	}
 }
 
-// TestSCTP sends raw packets: kernels without SCTP sockets filter SCTP all the same.
+// These send raw packets: kernels without such sockets filter them all the same.
 func TestSCTP(t *testing.T) {
+	judgedByPort(t, unix.IPPROTO_SCTP, verdict.SCTP, udp(1, 65535, "0.0.0.0/0", "::/0"))
+}
+
+func TestUDPLiteIsJudgedAsUDP(t *testing.T) {
+	everywhere := udp(1, 65535, "0.0.0.0/0", "::/0")
+	everywhere.Protocol = verdict.SCTP
+	judgedByPort(t, unix.IPPROTO_UDPLITE, verdict.UDP, everywhere)
+}
+
+// judgedByPort wants an IP protocol judged by what policy says of one of its own, and not by what it says of another.
+func judgedByPort(t *testing.T, number int, proto verdict.Protocol, other verdict.PacketBlock) {
+	t.Helper()
 	outside := surroundings(t)
-	sctp := udp(36412, 36412, "10.99.0.3/32", "fd99::3/128")
-	sctp.Protocol = verdict.SCTP
-	p := verdict.Packets{Ingress: []verdict.PacketBlock{udp(1, 65535, "0.0.0.0/0", "::/0"), sctp}, Egress: []verdict.PacketBlock{sctp}}
+	block := udp(36412, 36412, "10.99.0.3/32", "fd99::3/128")
+	block.Protocol = proto
+	p := verdict.Packets{Ingress: []verdict.PacketBlock{block, other}, Egress: []verdict.PacketBlock{block}}
+	if other.Protocol < proto {
+		p.Ingress = []verdict.PacketBlock{other, block}
+	}
 	apply(t, p)
 	raw := func(out *podtest.Outside, a netip.Addr) (c net.PacketConn) {
-		network := "ip4:132"
+		network := fmt.Sprintf("ip4:%d", number)
 		if a.Is6() {
-			network = "ip6:132"
+			network = fmt.Sprintf("ip6:%d", number)
 		}
 		var err error
 		open := func() { c, err = net.ListenPacket(network, a.String()) }
@@ -116,7 +133,7 @@ func TestSCTP(t *testing.T) {
 			for _, port := range []uint16{36411, 36412} {
 				send(t, raw(outside, a), dest, chunk(port, "in"))
 				send(t, raw(outside, node), dest, chunk(port, "end"))
-				want, got := p.AllowsIngress(verdict.SCTP, port, a), false
+				want, got := p.AllowsIngress(proto, port, a), false
 				for {
 					word, _ := receive(t, at)
 					if strings.HasSuffix(word, "end") {
@@ -125,11 +142,11 @@ func TestSCTP(t *testing.T) {
 					got = true
 				}
 				if got != want {
-					t.Errorf("from %s to %d/SCTP: arrived=%v, want %v", a, port, got, want)
+					t.Errorf("from %s to %d/%s: arrived=%v, want %v", a, port, proto, got, want)
 				}
-				want = p.AllowsEgress(verdict.SCTP, port, a)
+				want = p.AllowsEgress(proto, port, a)
 				if got := send(t, at, &net.IPAddr{IP: a.AsSlice()}, chunk(port, "out")); got != want {
-					t.Errorf("to %s %d/SCTP: sent=%v, want %v", a, port, got, want)
+					t.Errorf("to %s %d/%s: sent=%v, want %v", a, port, proto, got, want)
 				}
 			}
 		}
