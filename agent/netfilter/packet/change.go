@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 
@@ -49,7 +50,7 @@ func (t *Table) Apply(p *verdict.Packets) error {
 // forgetPeers lets go of the peers' addresses, of which there may be ten thousands.
 func (rs *Ruleset) forgetPeers() {
 	for i := range rs.Sets {
-		if s := &rs.Sets[i]; !s.IsMap {
+		if s := &rs.Sets[i]; s.ofPeers() {
 			s.Elements = nil
 		}
 	}
@@ -79,7 +80,7 @@ var errAnew = errors.New("packets: what differs cannot be changed in place")
 // change makes the table that was written before this one, in one transaction. Chains and sets of the same name are the same or, if they are
 // not those of peers and endpoints, get other rules and elements where they are: the rules of all chains change at the same moment, and so do
 // the elements of all sets, but a packet that is in between the two can meet old rules with new elements. Of those only the maps of
-// ports and services have any, and either one of their elements leads to what one of the two policies has for that port.
+// ports and services have any, and the node ports that no reply goes to; each of their elements leads to what one of the two policies has for that port.
 func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 	sets, chains := map[string]*Set{}, map[string]*Chain{}
 	for i := range before.Sets {
@@ -121,7 +122,7 @@ func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 			newSets, newElements = append(newSets, s), append(newElements, s)
 		case !sameKind(was, s):
 			return errAnew
-		case s.IsMap && !slices.EqualFunc(was.Elements, s.Elements, sameElement):
+		case !s.ofPeers() && !slices.EqualFunc(was.Elements, s.Elements, sameElement):
 			conn.FlushSet(s.Set)
 			newElements = append(newElements, s)
 		}
@@ -154,6 +155,9 @@ func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 	}
 	return conn.Flush()
 }
+
+// ofPeers reports whether the name of a set stands for what it holds.
+func (s *Set) ofPeers() bool { return strings.HasPrefix(s.Name, peersPrefix) }
 
 func sameKind(a, b *Set) bool {
 	return a.IsMap == b.IsMap && a.Interval == b.Interval && a.KeyType == b.KeyType && a.DataType == b.DataType

@@ -49,6 +49,8 @@ type direction struct {
 	blocks   []verdict.PacketBlock
 	accepted []netip.Addr // always
 	mark     uint32       // accepted always; zero: none
+	// services are those whose ports at the accepted addresses no reply goes to.
+	services []verdict.PacketService
 	// begins and answers are where a flow's packets have the peer, and the port that was asked for: on the way that it began, and on the way back.
 	begins, answers sides
 }
@@ -80,7 +82,7 @@ func Emit(p *verdict.Packets, mark uint32) (*Ruleset, error) {
 	rs := &Ruleset{Table: &nftables.Table{Name: TableName, Family: nftables.TableFamilyINet}}
 	e := emission{rules: rs, made: map[string]bool{}}
 	e.direction(direction{name: "ingress", replies: "egress", hook: nftables.ChainHookPrerouting, iface: expr.MetaKeyIIFNAME,
-		begins: peerSends(destinationPort), answers: peerGets(sourcePort), blocks: p.Ingress, accepted: p.Node})
+		begins: peerSends(destinationPort), answers: peerGets(sourcePort), blocks: p.Ingress, accepted: p.Node, services: p.Services})
 	e.direction(direction{name: "egress", replies: "ingress", hook: nftables.ChainHookPostrouting, iface: expr.MetaKeyOIFNAME,
 		begins: peerGets(destinationPort), answers: peerSends(sourcePort), blocks: p.Egress, accepted: p.Node, mark: mark})
 	e.services(p.Services, mark)
@@ -114,12 +116,13 @@ type emission struct {
 //
 //	chain ingress-udp-replies {
 //		ct mark 0x6d74 accept                    # at egress
+//		ip daddr 10.0.0.1 th dport @ingress-udp-replies-not drop # at ingress: node ports of the own node
 //		ip daddr 10.0.0.1 accept
 //		th sport vmap @ingress-udp-replies-ports # 1-52 : jump to-6f1d…, …
 //		drop
 //	}
 //
-// These chains are the same for every policy: what differs is in the maps and in what they lead to, which never changes (see peers).
+// These chains are the same for every policy, but for node ports: what differs is in the maps and in what they lead to, which never changes (see peers).
 func (e *emission) direction(d direction) {
 	rs := e.rules
 	accept := nftables.ChainPolicyAccept
@@ -144,6 +147,7 @@ func (e *emission) direction(d direction) {
 			first.Rules = append(first.Rules, rule(meta(expr.MetaKeyMARK, mark), markFlow(), done(expr.VerdictAccept)))
 			back.Rules = append(back.Rules, rule(flowMark(), equals(mark), done(expr.VerdictAccept)))
 		}
+		rs.refuseNodePorts(&back, d, proto.Protocol)
 		var ranges []portPeers
 		for i := range d.blocks {
 			b := &d.blocks[i]
@@ -161,6 +165,32 @@ func (e *emission) direction(d direction) {
 		judging = append(judging, first, back)
 	}
 	rs.Chains = append(append(rs.Chains, base), judging...)
+}
+
+// refuseNodePorts drops replies to node ports of the own node. Nobody but the node sends from there, and it does so for no flow that it begins; but whoever
+// can forge its address could begin one for a confined app, which would reach what is behind the node port by answering.
+func (rs *Ruleset) refuseNodePorts(c *Chain, d direction, proto verdict.Protocol) {
+	var ports []uint16
+	for i := range d.services {
+		if s := &d.services[i]; s.Protocol == proto && slices.Contains(d.accepted, s.Addr.Addr()) {
+			ports = append(ports, s.Addr.Port())
+		}
+	}
+	if len(ports) == 0 {
+		return
+	}
+	slices.Sort(ports)
+	not := Set{Set: &nftables.Set{Table: rs.Table, Name: c.Name + "-not", Interval: true, KeyType: nftables.TypeInetService, KeyByteOrder: binaryutil.BigEndian}}
+	for _, port := range slices.Compact(ports) {
+		not.Elements = append(not.Elements, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, port)})
+		if port < 65535 {
+			not.Elements = append(not.Elements, nftables.SetElement{Key: binary.BigEndian.AppendUint16(nil, port+1), IntervalEnd: true})
+		}
+	}
+	rs.add(&not)
+	for _, a := range d.accepted {
+		c.Rules = append(c.Rules, rule(d.answers.address(a.Is4()), equals(a.AsSlice()), sides{port: destinationPort}.portLoaded(), lookup(not.Set), done(expr.VerdictDrop)))
+	}
 }
 
 // repliesSuffix is that of chains which judge replies.
@@ -213,7 +243,7 @@ func (e *emission) peers(list []verdict.PacketPrefix) string {
 			in.Rules = append(in.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
 			out.Rules = append(out.Rules, rule(nfproto(family.v4), done(expr.VerdictAccept)))
 		default:
-			s := Set{Set: &nftables.Set{Table: rs.Table, Name: "peers-" + name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
+			s := Set{Set: &nftables.Set{Table: rs.Table, Name: peersPrefix + name + family.suffix, Interval: true, KeyType: family.key, KeyByteOrder: binaryutil.BigEndian},
 				Elements: addressElements(list)}
 			rs.add(&s)
 			in.Rules = append(in.Rules, rule(from.address(family.v4), lookup(s.Set), done(expr.VerdictAccept)))
@@ -223,6 +253,9 @@ func (e *emission) peers(list []verdict.PacketPrefix) string {
 	e.led = append(e.led, in, out)
 	return name
 }
+
+// peersPrefix is that of the sets of peers.
+const peersPrefix = "peers-"
 
 // named is the name of what a text describes, the same wherever it is described so, and whether it has been asked for before.
 func (e *emission) named(content string) (name string, before bool) {
