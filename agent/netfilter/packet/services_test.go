@@ -196,6 +196,38 @@ func TestServiceFlowsAreRevoked(t *testing.T) {
 	}
 }
 
+// A flow of a service all of whose endpoints have gone goes on with the next that come, and nowhere meanwhile.
+func TestServiceFlowsGoOnWithNewEndpoints(t *testing.T) {
+	outside := surroundings(t)
+	routes(t)
+	open := map[netip.AddrPort]net.PacketConn{}
+	for _, b := range backends4 {
+		open[b] = socket(t, outside, b.String())
+	}
+	app := socket(t, nil, "10.99.0.2:0")
+	before := here(verdict.Packets{})
+	for i, at := range [][]netip.AddrPort{backends4[:1], nil, backends4[1:], nil, backends4[:1]} {
+		next := here(verdict.Packets{})
+		if len(at) > 0 {
+			next = here(dns(at, nil))
+		}
+		apply(t, *next)
+		if Releads(before, next) {
+			if _, err := Revoke(as(next)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before = next
+		if len(at) == 0 {
+			if send(t, app, net.UDPAddrFromAddrPort(vip4), "x") {
+				t.Errorf("%d: it passes without endpoints", i)
+			}
+		} else if got := asks(t, app, vip4, open); got != at[0] {
+			t.Errorf("%d: it goes to %s", i, got)
+		}
+	}
+}
+
 // A pod that is an endpoint of its own service reaches itself.
 func TestServiceOfOneself(t *testing.T) {
 	surroundings(t)

@@ -14,7 +14,8 @@ func Widens(before, next *verdict.Packets) bool {
 }
 
 // Releads reports whether flows of services may have to go elsewhere where a policy takes the place of another: to another endpoint, or, where
-// there was no service or is none any more, to one or to none.
+// there was no service or is none any more, to one or to none. A service that has endpoints, and had none, may have had some before that: its flows then
+// are remembered (see Revoke), led to what is no endpoint any more.
 func Releads(before, next *verdict.Packets) bool {
 	for i := range before.Services {
 		was := &before.Services[i]
@@ -27,7 +28,11 @@ func Releads(before, next *verdict.Packets) bool {
 		}
 	}
 	for i := range next.Services {
-		if is := &next.Services[i]; before.Service(is.Protocol, is.Addr) == nil && before.AllowsEgress(is.Protocol, is.Addr.Port(), is.Addr.Addr()) {
+		is := &next.Services[i]
+		switch was := before.Service(is.Protocol, is.Addr); {
+		case was == nil && before.AllowsEgress(is.Protocol, is.Addr.Port(), is.Addr.Addr()):
+			return true
+		case (was == nil || len(was.Endpoints) == 0) && len(is.Endpoints) > 0:
 			return true
 		}
 	}

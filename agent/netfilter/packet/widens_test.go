@@ -67,7 +67,9 @@ func TestReleads(t *testing.T) {
 		{"an endpoint less", to(one, two), to(two), true},
 		{"another endpoint", to(one), to(two), true},
 		{"a service less", to(one), none, true},
-		{"a service more, to which nothing went", none, to(one), false},
+		{"a service more, without endpoints", none, to(), false},
+		{"a service more, to which there may have been flows", none, to(one), true},
+		{"a service that had no endpoints", to(), to(one), true},
 		{"a service more, to which there may be flows", admitted, to(one), true},
 		{"no service", none, admitted, false},
 	} {
