@@ -68,20 +68,21 @@ func changing(rnd *rand.Rand) *verdict.Packets {
 			}
 		}
 	}
-	for i, vip := range addrs("10.96.0.1", "10.96.0.2", "fd96::1") {
+	for _, vip := range append(addrs("10.96.0.1", "10.96.0.2", "fd96::1"), p.Node...) { // the last of them are node ports
 		if rnd.IntN(2) == 0 {
 			continue
 		}
-		s := verdict.PacketService{Protocol: verdict.UDP, Addr: netip.AddrPortFrom(vip, 53)}
+		s := verdict.PacketService{Protocol: verdict.UDP, Addr: netip.AddrPortFrom(vip, 53+uint16(rnd.IntN(2)))}
 		for n := range rnd.IntN(3) {
 			to := netip.AddrFrom4([4]byte{10, 64, 0, byte(n + 1)})
-			if i == 2 {
+			if vip.Is6() {
 				to = netip.MustParseAddr(fmt.Sprintf("fd64::%d", n+1))
 			}
 			s.Endpoints = append(s.Endpoints, netip.AddrPortFrom(to, 53))
 		}
 		p.Services = append(p.Services, s)
 	}
+	slices.SortFunc(p.Services, func(a, b verdict.PacketService) int { return a.Addr.Compare(b.Addr) })
 	return p
 }
 
