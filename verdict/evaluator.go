@@ -185,7 +185,7 @@ func (e *Evaluator) Allows(proto Protocol, port uint16, peer Peer) bool {
 }
 
 func (e *Evaluator) decide(proto Protocol, port uint16, peer Peer) Decision {
-	if v, listed := e.lookup(proto, port, peer); listed {
+	if v, listed := e.lookup(proto, port, peer); listed && (v.Allow || e.table.Reasons[v.Reason] != Unlisted) {
 		d := Decision{Allowed: v.Allow, Reason: e.table.Reasons[v.Reason]}
 		if !d.Allowed {
 			if near, ok := e.nearest(proto, port, peer); ok && d.Reason.Policy == "" {

@@ -150,6 +150,10 @@ type Reason struct {
 	Direction string `json:"direction,omitempty"`
 }
 
+// Unlisted is the reason of an entry that denies as if it were not there: one that is for other addresses of its identity. The Evaluator says what it would
+// without the entry.
+var Unlisted = Reason{Text: "no rule admits this identity from this address"}
+
 // Block holds the peers of a group of ports that have the same peers.
 type Block struct {
 	Protocol Protocol    `json:"protocol"`

@@ -112,10 +112,7 @@ func (x *Index) retiredPeers() []retiredPeer {
 	return out
 }
 
-var (
-	reasonRetired = verdict.Reason{Text: "identity retired: the pod at this address has other labels now, and another identity; its certificate for this one is refused from here until it ends"}
-	reasonNoPod   = verdict.Reason{Text: "no rule admits this identity, which no pod has any more, from this address"}
-)
+var reasonRetired = verdict.Reason{Text: "identity retired: the pod at this address has other labels now, and another identity; its certificate for this one is refused from here until it ends"}
 
 // retire refuses a retired identity from its addresses, where it would be admitted.
 func (p *peers) retire(r retiredPeer, intern func(verdict.Reason) int) {
@@ -146,7 +143,7 @@ func (p *peers) retire(r retiredPeer, intern func(verdict.Reason) int) {
 	sortPrefixes(entry.Addresses)
 	switch {
 	case !listed:
-		entry.Verdict = verdict.Verdict{Reason: intern(reasonNoPod)}
+		entry.Verdict = verdict.Verdict{Reason: intern(verdict.Unlisted)}
 		p.ByIdentity = slices.Insert(p.ByIdentity, i, entry)
 	case entry.Verdict.Allow: // now that addresses decide, they hold everybody
 		entry.Verdict = verdict.Verdict{Reason: intern(reasonRetired)}
