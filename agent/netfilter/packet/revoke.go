@@ -95,7 +95,7 @@ func (j *judge) forgets(proto verdict.Protocol, from netip.Addr, to, led netip.A
 		again = j.here(to.Addr()) || j.decide(j.egress, proto, to)
 		right = to == led || again
 	}
-	return !(right && admitted) && (admitted || again)
+	return admitted && !right || !admitted && again
 }
 
 // here reports whether an address is the pod's own.
