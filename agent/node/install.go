@@ -79,7 +79,7 @@ func (i Installation) list() (changed bool, err error) {
 	return edit(confs[0], entry)
 }
 
-// Uninstall takes the plugin out of all CNI configurations, and then its binary and the State files away. Pods that are closed or enforced stay so. No
+// Uninstall takes the plugin out of all CNI configurations, which are then what they were, byte for byte, and its binary and the State files away. Pods that are closed or enforced stay so. No
 // daemon may run on the node: it would put the plugin back.
 func (i Installation) Uninstall() error {
 	confs, err := i.confs()
@@ -156,57 +156,6 @@ func (i Installation) confs() (list []string, err error) {
 		}
 	}
 	return list, nil
-}
-
-// edit makes an entry the only one of the plugin in a configuration list, and the last; nil: there is to be none. All else stays as it is.
-func edit(path string, entry json.RawMessage) (changed bool, err error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return false, err
-	}
-	fail := func(err error) (bool, error) { return false, fmt.Errorf("CNI configuration %s: %w", path, err) }
-	var list map[string]json.RawMessage
-	if err := json.Unmarshal(text, &list); err != nil {
-		return fail(err)
-	}
-	var before, after []json.RawMessage
-	if err := json.Unmarshal(list["plugins"], &before); err != nil {
-		return fail(fmt.Errorf("plugins: %w", err))
-	}
-	for _, p := range before {
-		var head struct {
-			Type string `json:"type"`
-		}
-		if err := json.Unmarshal(p, &head); err != nil {
-			return fail(fmt.Errorf("plugins: %w", err))
-		}
-		if head.Type != PluginName {
-			after = append(after, p)
-		}
-	}
-	if entry != nil {
-		after = append(after, entry)
-	}
-	if slices.EqualFunc(before, after, sameJSON) {
-		return false, nil
-	}
-	if list["plugins"], err = json.Marshal(after); err != nil {
-		return fail(err)
-	}
-	text, err = json.MarshalIndent(list, "", "  ")
-	if err != nil {
-		return fail(err)
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return false, err
-	}
-	return true, replace(path, bytes.NewReader(append(text, '\n')), info.Mode().Perm())
-}
-
-func sameJSON(a, b json.RawMessage) bool {
-	var x, y bytes.Buffer
-	return json.Compact(&x, a) == nil && json.Compact(&y, b) == nil && bytes.Equal(x.Bytes(), y.Bytes())
 }
 
 // sameContent compares two files; one that is not there is another.

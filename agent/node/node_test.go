@@ -110,8 +110,8 @@ func TestInstall(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if strings.Contains(read(t, first), PluginName) || !strings.Contains(read(t, first), "portmap") {
-		t.Errorf("after it was uninstalled: %s", read(t, first))
+	if got := read(t, first); got != conflist {
+		t.Errorf("after it was uninstalled: %s, want what was there before: %s", got, conflist)
 	}
 	for _, path := range []string{plugin, i.StateDir} {
 		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
