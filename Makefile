@@ -10,6 +10,7 @@ SOAK          ?= 20m
 SOAKBUILD     ?= -race
 TESTFLAGS     ?=
 NODES         ?= 2
+CAPTURE       ?= sidecar node
 CLUSTER        = $(GO) run ./test/cluster/cmd/cluster
 GOLANGCI_LINT := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF           := github.com/bufbuild/buf/cmd/buf@v1.75.0
@@ -54,8 +55,11 @@ cluster-binaries: ## Build what a cluster is made of, once: about 10 minutes on 
 	@$(CLUSTER) binaries >/dev/null
 
 .PHONY: test-cluster
-test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a cluster, as root: about 5 minutes; make test runs a part of them
-	MANTLET_CLUSTER=all $(GO) test -race -count=1 -timeout 40m $(TESTFLAGS) ./test/incluster
+test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a cluster, as root, in the modes CAPTURE (sidecar node): about 10 minutes each; make test runs a part of them
+	@failed=; for capture in $(CAPTURE); do \
+		echo "test-cluster: $$capture mode"; \
+		MANTLET_CLUSTER=all MANTLET_CLUSTER_CAPTURE=$$capture $(GO) test -race -count=1 -timeout 40m $(TESTFLAGS) ./test/incluster || failed="$$failed $$capture"; \
+	done; [ -z "$$failed" ] || { echo "test-cluster: failed:$$failed" >&2; exit 1; }
 
 .PHONY: cluster-speed
 cluster-speed: envoy build cluster-binaries ## Measure what Mantlet costs on a cluster, as root; writes docs/kubernetes-speed.md
@@ -115,8 +119,8 @@ proto: ## Generate Go code from the protobuf files
 	$(GO) run $(BUF) generate
 
 .PHONY: conformance
-conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet in node and sidecar mode, permissive and strict; writes docs/conformance.md
-	@./hack/conformance.sh docs/conformance.md
+conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet in the modes CAPTURE (sidecar node), permissive and strict; writes docs/conformance.md
+	@./hack/conformance.sh docs/conformance.md $(CAPTURE)
 
 .PHONY: clean
 clean: ## Remove what was built and fetched

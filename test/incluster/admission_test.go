@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/test/incluster/traffic"
 )
 
@@ -55,11 +56,20 @@ func (p place) wantRefused(what, manifest string, want ...string) {
 	p.Logf("%s: %v", what, err)
 }
 
-// A sidecar that captures needs NET_ADMIN. Where Pod Security would refuse that, Mantlet says so, and names the mode that needs nothing.
+// A sidecar that captures needs NET_ADMIN. Where Pod Security would refuse that, Mantlet says so, and names the mode that needs nothing: in that the pod
+// starts.
 func TestAdmissionRefusesWhatPodSecurityWould(t *testing.T) {
 	w := smoke(t)
 	t.Parallel()
 	p := newPlace(t, w, "secured", "mantlet.dev/inject=enabled", "pod-security.kubernetes.io/enforce=baseline")
+	if w.Capture == inject.CaptureNode {
+		p.apply(client("app", ""))
+		p.ready("pod/app")
+		if list := p.pod("app").Spec.InitContainers; len(list) != 1 || len(list[0].SecurityContext.Capabilities.Add) > 0 {
+			t.Errorf("init containers: %+v, want a sidecar without capabilities", list)
+		}
+		return
+	}
 	p.wantRefused("baseline", client("app", ""),
 		"namespace secured has Pod Security level baseline, which forbids NET_ADMIN", "install Mantlet with capture=node")
 }

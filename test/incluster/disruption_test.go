@@ -3,7 +3,6 @@ package incluster
 import (
 	"context"
 	"fmt"
-	"strings"
 	"testing"
 
 	"github.com/mantlet/mantlet/test/incluster/traffic"
@@ -12,7 +11,7 @@ import (
 // contest is a server, a friend whom it admits, and a foe whom it does not, both of which try without end.
 func (p place) contest(replicas int, more string) (friend, foe *flood) {
 	p.Helper()
-	p.apply(server("api", replicas), admit("api", "friend"), strings.Replace(client("eager", more), "app: eager", "app: friend", 1))
+	p.apply(server("api", replicas), admit("api", "friend"), labelled("eager", "friend", more))
 	p.ready("deployment/api", "pod/eager")
 	to := []string{p.direct("api"), p.service("api")}
 	p.eventually("admitted", "eager", traffic.Reached, to...) // the Service's endpoints come a moment after the pods are ready
@@ -138,7 +137,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {app: api}}}
 		}
 	}
 	p.inForce("api")
-	p.apply(strings.Replace(client("again", ""), "app: again", "app: friend", 1), client("stranger", ""))
+	p.apply(labelled("again", "friend", ""), client("stranger", ""))
 	p.ready("pod/again", "pod/stranger")
 	for _, pod := range p.pods("api") {
 		p.eventually("admitted after the drain", "again", traffic.Reached, pod.Status.PodIP+":8080", p.service("api"))

@@ -90,7 +90,7 @@ func TestJobsAndInitContainers(t *testing.T) {
 	p.apply(server("api", 1), server("other", 1), admit("api", "report"), admit("other", "nobody"))
 	p.ready("deployment/api", "deployment/other")
 	// The Service's endpoints come a moment after the pod is ready; a Job does not ask twice.
-	p.apply(strings.Replace(client("eager", ""), "app: eager", "app: report", 1))
+	p.apply(labelled("eager", "report", ""))
 	p.ready("pod/eager")
 	p.eventually("admitted", "eager", traffic.Reached, p.service("api"))
 	p.apply(`

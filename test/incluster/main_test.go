@@ -11,13 +11,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/mantlet/mantlet/controlplane/inject"
 )
 
 // everything is the environment variable whose value "all" has all tests run. Without it only those run that fit into a CI run; the others say
 // that they were left out.
 const everything = "MANTLET_CLUSTER"
 
-// capture is the environment variable whose value "node" has the World installed in node mode. Not all tests go that way; TestImageThatNamesAUser does.
+// capture is the environment variable that says in which mode the World is installed: "sidecar", also where it is not set, or "node".
 const capture = "MANTLET_CLUSTER_CAPTURE"
 
 // world is what all tests share; nil with -short.
@@ -46,17 +48,13 @@ func run(m *testing.M) (code int, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(directory)) }()
 	began := time.Now()
-	o := Options{Directory: directory, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
-	if c := os.Getenv(capture); c != "" {
-		o.Values = []string{"capture=" + c}
-	}
-	world, err = Up(ctx, o)
+	world, err = Up(ctx, Options{Directory: directory, Capture: inject.Capture(os.Getenv(capture)), Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 	if err != nil {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, world.Down()) }()
 	stop() // from here on a signal ends the process, and the cluster with it
-	fmt.Fprintf(os.Stderr, "incluster: a cluster with Mantlet after %.1f s\n", time.Since(began).Seconds())
+	fmt.Fprintf(os.Stderr, "incluster: a cluster with Mantlet in %s mode after %.1f s\n", world.Capture, time.Since(began).Seconds())
 	return m.Run(), nil
 }
 
@@ -75,6 +73,16 @@ func extra(t *testing.T) *World {
 	w := smoke(t)
 	if os.Getenv(everything) != "all" {
 		t.Skip("left out of the CI run for its time: make test-cluster, or " + everything + "=all, runs it")
+	}
+	return w
+}
+
+// nodeMode starts a test of what sidecar mode has not: a daemon and a CNI plugin on the nodes.
+func nodeMode(t *testing.T) *World {
+	t.Helper()
+	w := extra(t)
+	if w.Capture != inject.CaptureNode {
+		t.Skip("sidecar mode has no daemon and no CNI plugin: make test-cluster CAPTURE=node, or " + capture + "=node, runs it")
 	}
 	return w
 }

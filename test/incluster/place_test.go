@@ -134,6 +134,11 @@ spec: {%[2]sterminationGracePeriodSeconds: 1, containers: [{name: app, image: "C
 `, name, more)
 }
 
+// labelled is a client whose label app is not its name.
+func labelled(name, app, more string) string {
+	return strings.Replace(client(name, more), "app: "+name, "app: "+app, 1)
+}
+
 // flooding is a client that tries addresses without end.
 func flooding(name, more string, addresses ...string) string {
 	return strings.Replace(client(name, more), "args: [pause]", `args: [flood, "`+strings.Join(addresses, `", "`)+`"]`, 1)

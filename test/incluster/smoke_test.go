@@ -31,7 +31,7 @@ func TestSmoke(t *testing.T) {
 		t.Errorf("evil to api: got %v, want REFUSED", err)
 	}
 
-	p.apply(strings.Replace(client("caller", ""), "app: caller", "app: web", 1), client("stranger", ""))
+	p.apply(labelled("caller", "web", ""), client("stranger", ""))
 	p.ready("pod/caller", "pod/stranger")
 	for _, pod := range slices.Concat(p.pods("api"), p.pods("web"), p.pods("stranger")) {
 		if n := len(pod.Status.InitContainerStatuses); n != 1 || pod.Spec.InitContainers[0].Name != "mantlet-proxy" {

@@ -2,20 +2,11 @@ package incluster
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mantlet/mantlet/controlplane/inject/names"
-	"github.com/mantlet/mantlet/test/cluster"
 	"github.com/mantlet/mantlet/test/incluster/traffic"
 )
 
@@ -27,10 +18,7 @@ const gone = 75 * time.Second
 func TestStartWithoutControlPlane(t *testing.T) {
 	w := extra(t)
 	p := newPlace(t, w, "alone")
-	p.apply(server("api", 1), admit("api", "friend"), strings.Replace(client("eager", ""), "app: eager", "app: friend", 1), client("stranger", ""))
-	p.ready("deployment/api", "pod/eager", "pod/stranger")
-	api := p.direct("api")
-	p.eventually("admitted", "eager", traffic.Reached, api)
+	api := p.admitting()
 	const gate = "schedulingGates: [{name: test.mantlet.dev/later}], " // no pod comes past the webhook while there is none
 	p.apply(client("early", gate), client("unwanted", gate))
 	control := func(replicas int) {
@@ -47,7 +35,7 @@ func TestStartWithoutControlPlane(t *testing.T) {
 		}
 	})
 	control(0)
-	p.kubectl("-n", names.SystemNamespace, "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/name=mantlet", "--timeout="+patience.String())
+	p.kubectl("-n", names.SystemNamespace, "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=control-plane", "--timeout="+patience.String())
 
 	for _, pod := range []string{"early", "unwanted"} {
 		p.kubectl("patch", "pod", pod, "--type=json", "-p", `[{"op": "remove", "path": "/spec/schedulingGates"}]`)
@@ -56,12 +44,7 @@ func TestStartWithoutControlPlane(t *testing.T) {
 		p.await("the agent of "+pod, func() error { _, err := p.agent(pod); return err })
 	}
 	p.kill("eager", p.agent)
-	p.await("a sidecar that has started anew", func() error {
-		if s := p.pod("eager").Status.InitContainerStatuses[0]; s.RestartCount != 1 || s.State.Running == nil {
-			return fmt.Errorf("%+v", s)
-		}
-		return nil
-	})
+	p.restarted("eager")
 	for _, a := range p.try("eager", api) {
 		if a.Outcome == traffic.Reached {
 			t.Errorf("closed until it is enforced again: %+v", a)
@@ -94,10 +77,7 @@ func TestStartWithoutControlPlane(t *testing.T) {
 func TestSidecarDies(t *testing.T) {
 	w := extra(t)
 	p := newPlace(t, w, "dies")
-	p.apply(server("api", 1), admit("api", "friend"), strings.Replace(client("eager", ""), "app: eager", "app: friend", 1), client("stranger", ""))
-	p.ready("deployment/api", "pod/eager", "pod/stranger")
-	api := p.direct("api")
-	p.eventually("admitted", "eager", traffic.Reached, api)
+	api := p.admitting()
 	pod := p.pods("api")[0].Name
 	for what, find := range map[string]func(string) (int, error){"Envoy": p.envoy, "the agent": p.agent} {
 		p.kill(pod, find)
@@ -109,60 +89,12 @@ func TestSidecarDies(t *testing.T) {
 	}
 }
 
-// await looks until there is no error.
-func (p place) await(what string, f func() error) {
+// admitting makes a server that admits the pod eager, which reaches it, and not the pod stranger. It returns the server's address.
+func (p place) admitting() (api string) {
 	p.Helper()
-	if err := Await(p.Context(), patience, func(context.Context) error { return f() }); err != nil {
-		p.Fatalf("%s: %v", what, err)
-	}
-}
-
-// kill ends a process of a pod's sidecar.
-func (p place) kill(pod string, find func(pod string) (int, error)) {
-	p.Helper()
-	pid, err := find(pod)
-	if err == nil {
-		err = unix.Kill(pid, unix.SIGKILL)
-	}
-	if err != nil {
-		p.Fatal(err)
-	}
-}
-
-// agent is the process, as this machine sees it, of a pod's agent. There may be other clusters here, so it is looked for in the nodes' cgroups.
-func (p place) agent(pod string) (int, error) {
-	return find(func(process string) bool {
-		command, _ := os.ReadFile(process + "/cmdline") // it may have ended
-		if args := strings.Split(string(command), "\x00"); len(args) < 3 || args[1] != "run" || args[2] != "--pod="+p.name+"/"+pod {
-			return false
-		}
-		group, _ := os.ReadFile(process + "/cgroup")
-		return slices.ContainsFunc(p.Cluster.Nodes(), func(m *cluster.Machine) bool { return strings.Contains(string(group), m.Cgroup()+"/") })
-	})
-}
-
-// envoy is the agent's child.
-func (p place) envoy(pod string) (int, error) {
-	agent, err := p.agent(pod)
-	if err != nil {
-		return 0, err
-	}
-	return find(func(process string) bool {
-		status, _ := os.ReadFile(process + "/status")
-		return strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", agent)) && strings.HasPrefix(string(status), "Name:\tenvoy\n")
-	})
-}
-
-// find looks through the directories of all processes.
-func find(is func(directory string) bool) (int, error) {
-	all, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		return 0, err
-	}
-	for _, directory := range all {
-		if is(directory) {
-			return strconv.Atoi(filepath.Base(directory))
-		}
-	}
-	return 0, errors.New("no such process")
+	p.apply(server("api", 1), admit("api", "friend"), labelled("eager", "friend", ""), client("stranger", ""))
+	p.ready("deployment/api", "pod/eager", "pod/stranger")
+	api = p.direct("api")
+	p.eventually("admitted", "eager", traffic.Reached, api)
+	return api
 }

@@ -1,10 +1,10 @@
 package incluster
 
 import (
-	"os"
 	"strings"
 	"testing"
 
+	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/test/incluster/traffic"
 )
 
@@ -24,7 +24,7 @@ func TestImageThatNamesAUser(t *testing.T) {
 	w := smoke(t)
 	t.Parallel()
 	labels, context := []string{"mantlet.dev/inject=enabled"}, ""
-	if os.Getenv(capture) == "node" {
+	if w.Capture == inject.CaptureNode {
 		labels = append(labels, "pod-security.kubernetes.io/enforce=restricted")
 		context = ", securityContext: {runAsNonRoot: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}"
 	}
@@ -37,7 +37,7 @@ func TestImageThatNamesAUser(t *testing.T) {
 	p.inForce("claims")
 	p.want("without a policy", "free", traffic.Reached, p.direct("api"), p.service("api"))
 	p.want("as USER 15150", "claims", traffic.Refused, p.direct("api"), p.service("api"))
-	if os.Getenv(capture) == "node" {
+	if w.Capture == inject.CaptureNode {
 		a, b := p.pod("claims").Spec.InitContainers[0].SecurityContext, p.pod("free").Spec.InitContainers[0].SecurityContext
 		t.Logf("sidecars: user %d, group %d, and user %d, group %d", *a.RunAsUser, *a.RunAsGroup, *b.RunAsUser, *b.RunAsGroup)
 		if *a.RunAsUser == *b.RunAsUser || *a.RunAsGroup == *b.RunAsGroup {
@@ -46,14 +46,16 @@ func TestImageThatNamesAUser(t *testing.T) {
 	}
 }
 
-// In a pod with users of its own, of which there are few, Envoy is one of these, and its redirect lets it pass.
+// In a pod with users of its own, of which there are few, Envoy is one of these, and its redirect lets it pass. Node mode refuses such pods: the daemon
+// could not tell their sidecars.
 func TestPodWithOwnUsers(t *testing.T) {
 	w := smoke(t)
-	if os.Getenv(capture) == "node" {
-		t.Skip("node mode refuses such pods (package inject)")
-	}
 	t.Parallel()
 	p := newPlace(t, w, "enclosed")
+	if w.Capture == inject.CaptureNode {
+		p.wantRefused("users of its own", client("free", "hostUsers: false, "), "spec.hostUsers: in node mode a pod with users of its own would not start")
+		return
+	}
 	claims := strings.Replace(client("claims", "hostUsers: false, "), "CLIENT", "CLAIMS", 1)
 	p.apply(denyEgress("claims"), server("api", 1), claims, client("free", "hostUsers: false, "))
 	p.ready("deployment/api", "pod/claims", "pod/free")

@@ -1,6 +1,7 @@
 package incluster
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/status"
 	"github.com/mantlet/mantlet/test/cluster"
@@ -28,16 +30,20 @@ type World struct {
 	Cluster *cluster.Cluster
 	Client  kubernetes.Interface
 	API     *rest.Config
-	mantlet string // the program
+	Capture inject.Capture
+
+	parts, mantlet string            // where what was built is, and the program
+	values         []string          // for `mantlet install --set`
+	before         map[string]folder // by node, the folder of CNI configurations before Mantlet was installed
 }
 
 // Options say what Up makes.
 type Options struct {
 	// Directory gets what is built, and the cluster's state: about 2 GB. It must not exist, or be empty.
 	Directory string
-	// Values are for `mantlet install --set`, beside the image.
-	Values []string
-	Log    *slog.Logger
+	// Capture is the mode in which Mantlet is installed; "" is inject.CaptureSidecar.
+	Capture inject.Capture
+	Log     *slog.Logger
 }
 
 // nodes of a World: where a pod is makes a difference for services, and nodes can be drained.
@@ -50,7 +56,8 @@ func Up(ctx context.Context, o Options) (_ *World, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &World{mantlet: filepath.Join(parts, "mantlet")}
+	w := &World{parts: parts, mantlet: filepath.Join(parts, "mantlet"), Capture: cmp.Or(o.Capture, inject.CaptureSidecar)}
+	w.values = []string{"image=" + Image, "capture=" + string(w.Capture)}
 	w.Cluster, err = cluster.Up(ctx, cluster.Options{
 		Directory: filepath.Join(o.Directory, "cluster"), Nodes: nodes, Family: cluster.DualStack, Images: archives, Life: cluster.WithProcess, Log: o.Log,
 	})
@@ -69,15 +76,19 @@ func Up(ctx context.Context, o Options) (_ *World, err error) {
 	if w.Client, err = kubernetes.NewForConfig(w.API); err != nil {
 		return nil, err
 	}
-	return w, w.install(ctx, o.Values)
+	if w.before, err = w.networks(); err != nil {
+		return nil, err
+	}
+	return w, w.Install(ctx)
 }
 
 // Down ends the cluster. Directory is the caller's to remove.
 func (w *World) Down() error { return w.Cluster.Down() }
 
-func (w *World) install(ctx context.Context, values []string) error {
-	args := []string{"install", "--set", "image=" + Image}
-	for _, v := range values {
+// Install installs Mantlet as a user would, or changes what is installed: values go over those of the World. It waits until all of it is as it should be.
+func (w *World) Install(ctx context.Context, values ...string) error {
+	args := []string{"install"}
+	for _, v := range slices.Concat(w.values, values) {
 		args = append(args, "--set", v)
 	}
 	manifests, err := w.Mantlet(ctx, args...)
@@ -87,15 +98,28 @@ func (w *World) install(ctx context.Context, values []string) error {
 	if _, err := w.Cluster.Kubectl(ctx, manifests.Out, "apply", "--server-side", "-f", "-"); err != nil {
 		return err
 	}
-	return w.AwaitControlPlane(ctx)
+	if err := w.AwaitControlPlane(ctx); err != nil || w.Capture != inject.CaptureNode {
+		return err
+	}
+	return w.AwaitNodes(ctx)
 }
 
 // AwaitControlPlane waits until all replicas are what the Deployment asks for, and ready.
 func (w *World) AwaitControlPlane(ctx context.Context) error {
-	_, err := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "rollout", "status", "deployment/"+names.Service, "--timeout=180s")
+	return w.await(ctx, "deployment/"+names.Service)
+}
+
+// AwaitNodes waits until each node's daemon is what the DaemonSet asks for, and ready.
+func (w *World) AwaitNodes(ctx context.Context) error { return w.await(ctx, daemonSet) }
+
+// daemonSet is node mode's.
+const daemonSet = "daemonset/mantlet-node"
+
+func (w *World) await(ctx context.Context, workload string) error {
+	_, err := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "rollout", "status", workload, "--timeout=180s")
 	if err != nil {
-		logs, _ := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "logs", "deployment/"+names.Service, "--tail=20")
-		return fmt.Errorf("the control plane is not ready: %w\n%s", err, logs)
+		logs, _ := w.Cluster.Kubectl(ctx, "", "-n", names.SystemNamespace, "logs", workload, "--tail=20")
+		return fmt.Errorf("%s is not ready: %w\n%s", workload, err, logs)
 	}
 	return nil
 }
