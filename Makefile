@@ -55,7 +55,7 @@ cluster-binaries: ## Build what a cluster is made of, once: about 10 minutes on 
 	@$(CLUSTER) binaries >/dev/null
 
 .PHONY: test-cluster
-test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a cluster, as root, in the modes CAPTURE (sidecar node): about 10 minutes each; make test runs a part of them
+test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a cluster, as root, in the modes CAPTURE (sidecar node): about 8 and 15 minutes; make test runs a part
 	@failed=; for capture in $(CAPTURE); do \
 		echo "test-cluster: $$capture mode"; \
 		MANTLET_CLUSTER=all MANTLET_CLUSTER_CAPTURE=$$capture $(GO) test -race -count=1 -timeout 40m $(TESTFLAGS) ./test/incluster || failed="$$failed $$capture"; \

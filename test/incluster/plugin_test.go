@@ -28,18 +28,7 @@ func TestPluginRemoved(t *testing.T) {
 		}
 	}
 
-	// First let pods go without sidecars.
-	p.kubectl("label", "namespace", p.name, "mantlet.dev/inject-")
-	p.kubectl("rollout", "restart", "deployment/api")
-	p.kubectl("delete", "pod", "eager", "stranger", "--timeout="+patience.String())
-	p.ready("deployment/api")
-	p.await("no sidecar any more", func() error {
-		s, err := w.Status(t.Context())
-		if len(s.Sidecars) > 0 || len(s.Replicas) == 0 {
-			return errors.Join(err, fmt.Errorf("%d are left: %+v", len(s.Sidecars), s.Sidecars))
-		}
-		return nil
-	})
+	p.withoutSidecars()
 	t.Cleanup(func() { // other tests need it
 		if err := w.Install(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
@@ -77,6 +66,22 @@ func TestPluginRemoved(t *testing.T) {
 	for _, m := range w.Cluster.Nodes() {
 		early.awaitPlugin(m)
 	}
+}
+
+// withoutSidecars has the pods of admitting go, or come back without sidecars, and waits until there is none in the cluster.
+func (p place) withoutSidecars() {
+	p.Helper()
+	p.kubectl("label", "namespace", p.name, "mantlet.dev/inject-")
+	p.kubectl("rollout", "restart", "deployment/api")
+	p.kubectl("delete", "pod", "eager", "stranger", "--timeout="+patience.String())
+	p.ready("deployment/api")
+	p.await("no sidecar any more", func() error {
+		s, err := p.Status(p.Context())
+		if len(s.Sidecars) > 0 || len(s.Replicas) == 0 {
+			return errors.Join(err, fmt.Errorf("%d are left: %+v", len(s.Sidecars), s.Sidecars))
+		}
+		return nil
+	})
 }
 
 // wantBare wants nothing of node mode on a node.
