@@ -32,7 +32,7 @@ func TestWaitEndsWithWhatWasSeen(t *testing.T) {
 					if looks++; looks == 1 {
 						return status.Merge([]status.Report{{Replica: "a"}}, nil), nil
 					}
-					time.Sleep(time.Until(until) - c.cut)
+					<-time.After(time.Until(until) - c.cut) // in the bubble's time
 					return status.Status{}, errors.New("there was no time")
 				}
 				var progress strings.Builder
