@@ -183,7 +183,7 @@ func writeCNI(node *Machine, pods []netip.Prefix) error {
 			object{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipam": object{"type": "host-local", "ranges": ranges, "routes": routes}},
 			object{"type": "portmap", "capabilities": object{"portMappings": true}, "snat": true, "backend": "nftables"},
 		},
-	}, "", "  ")
+	}, "", "\t") // not as a program that parses and writes it would, so that tests notice what does
 	if err != nil {
 		return err
 	}
