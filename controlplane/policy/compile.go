@@ -125,7 +125,7 @@ func (x *Index) compileIngress(d *pod, mode verdict.Mode, uses *uses) verdict.Ta
 	if mode == verdict.Permissive {
 		dr.known = x.knownPlaintext(d, rs.rules, resolved, ids, gates)
 	}
-	dr.retired = x.retiredPeers()
+	dr.retired, dr.bound = x.retiredPeers(), x.boundPeers()
 	return dr.layout(rs.isolating)
 }
 

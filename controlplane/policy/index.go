@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"time"
 
 	"github.com/gaissmai/bart"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -53,6 +54,7 @@ type Index struct {
 	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
 	retired        retired              // identities that running pods had before
+	bound          map[string]time.Time // namespaces whose identities count from their pods' addresses only, and until when; see Bind
 	volatileKeys   map[string]int       // volatile labels that selectors mention, with a count of uses
 
 	plain   map[string]*pod         // pods without a sidecar
@@ -117,6 +119,7 @@ func NewIndex(c Config) *Index {
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
 		retired:        retired{},
+		bound:          map[string]time.Time{},
 		volatileKeys:   map[string]int{},
 		plain:          map[string]*pod{},
 		outside:        map[netip.Addr]struct{}{},

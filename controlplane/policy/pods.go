@@ -282,7 +282,7 @@ func (x *Index) owned(p *pod) []netip.Addr {
 func (x *Index) touchPeersOf(p *pod, identityChanged bool, c *change) {
 	id := p.ident
 	ns := x.namespace(p.namespace)
-	apart := x.egressTellsApart(id)
+	apart := x.egressTellsApart(id) || x.isBound(id.namespace)
 	differ := id.portsDiffer() // then rules with named ports list its pods by address
 	outside := slices.ContainsFunc(p.ips, func(a netip.Addr) bool { return !x.inPodNetwork(a) })
 	r := &x.readers

@@ -35,9 +35,10 @@ func (x *Index) Retire(id spiffeid.ID, addr netip.Addr, until time.Time) Delta {
 	return x.finish(c)
 }
 
-// Expire forgets what was retired until now, or earlier.
+// Expire forgets what was retired, or bound, until now, or earlier.
 func (x *Index) Expire(now time.Time) Delta {
 	c := newChange()
+	x.unbind(now, c)
 	for id, at := range x.retired {
 		for addr, until := range at {
 			if until.After(now) {
@@ -53,26 +54,39 @@ func (x *Index) Expire(now time.Time) Delta {
 	return x.finish(c)
 }
 
-// Inherit takes over what another Index has retired. It is for an Index that takes its place, before anything was asked of it.
+// Inherit takes over what another Index has retired and bound. It is for an Index that takes its place, before anything was asked of it.
 func (x *Index) Inherit(from *Index) {
 	for id, at := range from.retired {
 		x.retired[id] = maps.Clone(at)
 	}
+	x.bound = maps.Clone(from.bound)
 	for key := range x.subjects {
 		x.dirty[key] = true
 	}
 }
 
-// NextExpiry is when there is something to Expire; false: nothing is retired.
+// NextExpiry is when there is something to Expire; false: nothing is retired or bound.
 func (x *Index) NextExpiry() (next time.Time, ok bool) {
-	for _, at := range x.retired {
-		for _, until := range at {
-			if !ok || until.Before(next) {
-				next, ok = until, true
-			}
+	sooner := func(until time.Time) {
+		if !ok || until.Before(next) {
+			next, ok = until, true
 		}
 	}
+	for _, at := range x.retired {
+		for _, until := range at {
+			sooner(until)
+		}
+	}
+	for _, until := range x.bound {
+		sooner(until)
+	}
 	return next, ok
+}
+
+// Retired reports until when an identity is refused from an address; false: it is not retired there.
+func (x *Index) Retired(id spiffeid.ID, addr netip.Addr) (until time.Time, ok bool) {
+	until, ok = x.retired[id][addr.Unmap()]
+	return until, ok
 }
 
 // touchRetired marks the subjects that might admit an identity: those that list it, and those that admit by address.
@@ -153,13 +167,8 @@ func (p *peers) retire(r retiredPeer, intern func(verdict.Reason) int) {
 	}
 }
 
-// admitted looks an address up: the longest prefix decides.
+// admitted reports whether prefixes admit an address.
 func admitted(list []verdict.Prefix, a netip.Addr) bool {
-	allow, bits := false, -1
-	for _, e := range list {
-		if e.Prefix.Bits() > bits && e.Prefix.Contains(a) {
-			allow, bits = e.Verdict.Allow, e.Prefix.Bits()
-		}
-	}
-	return allow
+	v, _ := longest(list, a)
+	return v.Allow
 }

@@ -52,7 +52,8 @@ type draft struct {
 	closed       []netip.Prefix   // here anonymous does not reach; only known does
 	closedReason verdict.Reason
 	retired      []retiredPeer
-	known        []cell // peers without identity that are known by their addresses
+	bound        *boundPeers // nil: none
+	known        []cell      // peers without identity that are known by their addresses
 }
 
 // family indexes cell.gates.
@@ -275,6 +276,7 @@ func (d *draft) peersAt(proto verdict.Protocol, port uint16, intern func(verdict
 	}
 	p.Identified = prefixes(identified, -1)
 	sortPrefixes(p.Identified)
+	p.bind(d.bound, intern)
 	for _, r := range d.retired {
 		p.retire(r, intern)
 	}
