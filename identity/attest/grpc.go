@@ -2,6 +2,7 @@ package attest
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
@@ -106,13 +107,15 @@ type Guard struct {
 	Lookup   Lookup
 	Bundle   x509bundle.Source
 	Now      func() time.Time // nil: time.Now
+	// Differs, if set, is told of a pod that is refused for showing a valid X.509-SVID of another identity than its own.
+	Differs func(Pod, *x509.Certificate)
 }
 
 // Peer tells which pod made a gRPC call, and its identity, which is both that of the token's pod and that of the X.509-SVID of
 // the call's TLS connection. The certificate is verified here, whatever the TLS configuration did: a long-lived connection may
 // have outlived it. The error is a gRPC status to be returned as it is; Reason has the rest of it.
 func (g *Guard) Peer(ctx context.Context) (Pod, spiffeid.ID, error) {
-	presented, err := g.svid(ctx)
+	presented, leaf, err := g.svid(ctx)
 	if err != nil {
 		return Pod{}, spiffeid.ID{}, refuse(codes.Unauthenticated, "a valid X.509-SVID is required", err)
 	}
@@ -121,27 +124,33 @@ func (g *Guard) Peer(ctx context.Context) (Pod, spiffeid.ID, error) {
 		return Pod{}, spiffeid.ID{}, err
 	}
 	if presented != id {
+		if g.Differs != nil {
+			g.Differs(pod, leaf)
+		}
 		return Pod{}, spiffeid.ID{}, refuse(codes.PermissionDenied, "the X.509-SVID is not that of the token's pod; renew it",
 			fmt.Errorf("pod %s is %s and presented %s", pod, id, presented))
 	}
 	return pod, id, nil
 }
 
-func (g *Guard) svid(ctx context.Context) (spiffeid.ID, error) {
+func (g *Guard) svid(ctx context.Context) (spiffeid.ID, *x509.Certificate, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return spiffeid.ID{}, errors.New("no peer in the context")
+		return spiffeid.ID{}, nil, errors.New("no peer in the context")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
-		return spiffeid.ID{}, fmt.Errorf("no TLS on the connection (%T)", p.AuthInfo)
+		return spiffeid.ID{}, nil, fmt.Errorf("no TLS on the connection (%T)", p.AuthInfo)
 	}
 	now := time.Now
 	if g.Now != nil {
 		now = g.Now
 	}
 	id, _, err := x509svid.Verify(info.State.PeerCertificates, g.Bundle, x509svid.WithTime(now()))
-	return id, err
+	if err != nil {
+		return spiffeid.ID{}, nil, err
+	}
+	return id, info.State.PeerCertificates[0], nil
 }
 
 // refusal is a gRPC status whose reason stays on this side.

@@ -39,8 +39,8 @@ const (
 	DefaultTTL = time.Hour
 	// RootTTL is how long a root made by New is valid.
 	RootTTL = 10 * 365 * 24 * time.Hour
-	// skew is how far certificates are backdated, for clocks that are behind ours.
-	skew = time.Minute
+	// Skew is how far certificates are backdated, for clocks that are behind ours.
+	Skew = time.Minute
 	// rootPathLen leaves room for one intermediate between the root and the leaves.
 	rootPathLen = 1
 )
@@ -92,7 +92,7 @@ func New(cfg Config) (*CA, error) {
 		SerialNumber: serial,
 		// The serial number in the name keeps the roots of a rotation apart where software searches by name.
 		Subject:               pkix.Name{Organization: []string{"Mantlet"}, CommonName: "Mantlet root", SerialNumber: serial.Text(16)},
-		NotBefore:             now.Add(-skew),
+		NotBefore:             now.Add(-Skew),
 		NotAfter:              now.Add(RootTTL),
 		BasicConstraintsValid: true,
 		IsCA:                  true,
@@ -195,7 +195,7 @@ func (c *CA) issue(key *ecdsa.PublicKey, id spiffeid.ID, extra sans) ([]*x509.Ce
 	}
 	leaf := &x509.Certificate{
 		SerialNumber:          serial,
-		NotBefore:             now.Add(-skew),
+		NotBefore:             now.Add(-Skew),
 		NotAfter:              end,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,

@@ -45,14 +45,20 @@ type Server struct {
 	signer   Signer
 	log      *slog.Logger
 	signed   func(attest.Pod, *x509.Certificate, *x509bundle.Bundle)
+	await    func(context.Context, attest.Pod) error
 }
 
 // OnSigned has a function told of each certificate that a pod is given, and of the roots that come with it. It is for before Register.
 func (s *Server) OnSigned(f func(attest.Pod, *x509.Certificate, *x509bundle.Bundle)) { s.signed = f }
 
+// Await has a function asked before anything is signed for a pod, after its identity was looked up: it waits for what has to come first, and its
+// error has the pod come again. It is for before Register.
+func (s *Server) Await(f func(context.Context, attest.Pod) error) { s.await = f }
+
 // New returns a Server that signs for the pods that the attestor attests, each for the identity that lookup finds.
 func New(attestor attest.Attestor, lookup attest.Lookup, signer Signer, log *slog.Logger) *Server {
-	return &Server{attestor: attestor, lookup: lookup, signer: signer, log: log, signed: func(attest.Pod, *x509.Certificate, *x509bundle.Bundle) {}}
+	return &Server{attestor: attestor, lookup: lookup, signer: signer, log: log, signed: func(attest.Pod, *x509.Certificate, *x509bundle.Bundle) {},
+		await: func(context.Context, attest.Pod) error { return nil }}
 }
 
 // Register adds the service to a gRPC server, which must use TLS (see ServerTLS).
@@ -66,6 +72,10 @@ func (s *Server) Sign(ctx context.Context, req *mantletv1.SignRequest) (*mantlet
 		return nil, err
 	}
 	log := s.log.With("pod", pod.String(), "id", id.String())
+	if err := s.await(ctx, pod); err != nil {
+		log.Warn("no identity signed", "code", codes.Unavailable, "reason", err)
+		return nil, status.Error(codes.Unavailable, "the control plane is not ready to sign for this pod yet")
+	}
 	chain, err := s.sign(req.GetCsr(), id)
 	switch {
 	case errors.Is(err, errRequest) || errors.Is(err, ca.ErrKey):
