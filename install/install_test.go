@@ -159,7 +159,7 @@ func TestNames(t *testing.T) {
 		t.Error("the manifests and package names differ")
 	}
 	all := string(bytes.Join(texts(list), nil))
-	for _, name := range []string{"'" + names.RootConfigMap + "'", names.CASecret, "'" + names.Container + "'", "'" + names.AllowAnnotation + "'", "'" + names.AllowExec + "'"} {
+	for _, name := range []string{"'" + names.RootConfigMap + "'", names.CASecret, names.RetiredSecret, "'" + names.Container + "'", "'" + names.AllowAnnotation + "'", "'" + names.AllowExec + "'"} {
 		if !strings.Contains(all, name) {
 			t.Errorf("%s is not in the manifests", name)
 		}

@@ -76,6 +76,8 @@ const (
 	WebhookConfiguration = "mantlet"
 	// CASecret holds the authority's key, chain and roots (ca.Material: tls.key, tls.crt, ca.crt) in SystemNamespace.
 	CASecret = "mantlet-ca"
+	// RetiredSecret holds which identities running pods no longer have (controlplane/retired) in SystemNamespace.
+	RetiredSecret = "mantlet-retired"
 )
 
 // AllowAnnotation on a namespace lists, separated by commas, what injection would refuse in its pods and is to accept there: the Allow…
