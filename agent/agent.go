@@ -140,6 +140,7 @@ func assemble(cfg Config, redirect *netfilter.Redirect, packets *packets) (_ *ag
 	a.relay.Subscribe(relay.Own{TypeURL: names.TypePackets, Name: names.Packets, Apply: a.kernel.applyPackets})
 	a.sds = sds.New(a.source, cfg.SessionBound, cfg.Logger)
 	a.identity = &ownIdentity{verdicts: a.verdicts, source: a.source, held: a.sds.Held, log: cfg.Logger}
+	a.relay.OnRefused(a.identity.refused)
 	a.flows = flows.New(cfg.Flows, a.self, cfg.Logger)
 	if err := a.watchConnections(); err != nil {
 		return nil, err

@@ -22,6 +22,9 @@ type ownIdentity struct {
 	source renewable
 	held   func() (spiffeid.ID, <-chan struct{}) // of the certificate that Envoy has
 	log    *slog.Logger
+
+	again     time.Duration // of refused
+	notBefore time.Time
 }
 
 // renewable is an svid.Source that can be told to renew; *svid.Builtin is one.
@@ -36,7 +39,24 @@ type renewable interface {
 const (
 	firstAgain = 100 * time.Millisecond
 	lastAgain  = 5 * time.Second
+	// lastRefused is that pause where the control plane refuses the pod, for whatever reason.
+	lastRefused = time.Minute
 )
+
+// refused is told that the control plane takes the certificate no more. The pod may have been relabelled while none was there; then there are no
+// other verdicts to tell by, as they come to who shows the new identity. It is called by one goroutine.
+func (o *ownIdentity) refused() {
+	now := time.Now()
+	if now.Before(o.notBefore) {
+		return
+	}
+	if now.Sub(o.notBefore) > lastRefused { // another occasion
+		o.again = firstAgain
+	}
+	o.log.Info("agent: the control plane refuses the pod's certificate, or its token; the certificate is renewed")
+	o.source.Renew()
+	o.notBefore, o.again = now.Add(o.again), min(2*o.again, lastRefused)
+}
 
 // follow renews the certificate whenever the verdicts are for another identity than it is, until ctx ends.
 func (o *ownIdentity) follow(ctx context.Context) {

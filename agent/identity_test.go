@@ -165,3 +165,26 @@ func TestRelabelled(t *testing.T) {
 		t.Errorf("after Envoy's return it shows %s", is)
 	}
 }
+
+// TestRefused: who is refused renews at once, and again with pauses that grow, whatever the reason; a long time later at once again.
+func TestRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &signer{changed: make(chan struct{})}
+		o := &ownIdentity{source: s, log: slog.New(slog.DiscardHandler)}
+		began := time.Now()
+		for time.Since(began) < 10*time.Minute { // as the relay tries
+			o.refused()
+			<-time.After(time.Second)
+		}
+		if n := len(s.renewals); n < 17 || n > 20 || !s.renewals[0].Equal(began) {
+			t.Errorf("%d renewals in 10 minutes: %v", n, s.renewals)
+		}
+		<-time.After(time.Hour)
+		o.refused()
+		<-time.After(firstAgain)
+		o.refused()
+		if n := len(s.renewals); s.renewals[n-1].Sub(s.renewals[n-2]) != firstAgain {
+			t.Errorf("the next occasion begins with the pauses of the last: %v", s.renewals[n-2:])
+		}
+	})
+}

@@ -24,6 +24,7 @@ type Relay struct {
 	ledger   *Ledger
 	own      map[string]*own // by type URL; all else is for Envoy
 	teller   *teller
+	refused  func()
 
 	machine *machine // the loop's alone
 	events  chan func()
@@ -46,11 +47,15 @@ type Relay struct {
 // when there is an SVID to show.
 func New(upstream grpc.ClientConnInterface, ready <-chan struct{}, logger *slog.Logger) *Relay {
 	r := &Relay{upstream: upstream, ready: ready, logger: logger, ledger: newLedger(logger), own: map[string]*own{},
-		teller: newTeller(logger), events: make(chan func()), forget: make(chan struct{}, 1)}
+		teller: newTeller(logger), refused: func() {}, events: make(chan func()), forget: make(chan struct{}, 1)}
 	r.machine = newMachine(logger, r.ledger)
 	r.closed, r.close = context.WithCancel(context.Background())
 	return r
 }
+
+// OnRefused has a function told each time the control plane refuses a stream for the certificate or the token that it was opened with. It is for
+// before [Relay.Register].
+func (r *Relay) OnRefused(tell func()) { r.refused = tell }
 
 // Ledger tells what Envoy holds.
 func (r *Relay) Ledger() *Ledger { return r.ledger }

@@ -359,3 +359,18 @@ func TestCloseEndsStreams(t *testing.T) {
 		t.Errorf("later stream: %v", err)
 	}
 }
+
+// Who opens streams is told when the control plane refuses them for what they show, and for nothing else.
+func TestRefused(t *testing.T) {
+	told := make(chan struct{}, 100)
+	b, _, _ := started(t, func(r *Relay) { r.OnRefused(func() { told <- struct{}{} }) })
+	for _, end := range []error{status.Error(codes.PermissionDenied, "who are you"), nil} {
+		b.ends(end)
+		b.upstream()
+	}
+	if len(told) > 0 {
+		t.Error("told of an end that is no refusal")
+	}
+	b.ends(status.Error(codes.Unauthenticated, "renew"))
+	<-told
+}

@@ -80,6 +80,9 @@ func (r *Relay) keepConnected() {
 			continue
 		}
 		r.note(err)
+		if status.Code(err) == codes.Unauthenticated {
+			r.refused()
+		}
 		if answered {
 			r.logger.Warn("relay: lost the control plane; envoy keeps what it has", "error", err)
 			continue
