@@ -33,6 +33,8 @@ type Config struct {
 	Resumption xds.Resumption
 	// SVIDTTL is how long certificates are valid; zero: ca.DefaultTTL.
 	SVIDTTL time.Duration
+	// Records keeps what is retired for other replicas and for later; nil: this process alone knows of it, as long as it lives.
+	Records Records
 	Now     func() time.Time // nil: time.Now
 	Log     *slog.Logger     // nil: nothing is logged
 }
@@ -46,6 +48,8 @@ type ControlPlane struct {
 	now      func() time.Time
 	log      *slog.Logger
 	xds      *server.Server
+	records  Records   // nil: none
+	began    time.Time // the pods that it is loaded with were listed by then
 
 	authority *ca.CA // signs for the pods; nil: somebody else does
 
@@ -106,6 +110,8 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 		svidTTL:  c.SVIDTTL,
 		now:      c.Now,
 		log:      c.Log,
+		records:  c.Records,
+		began:    c.Now(),
 		index:    policy.NewIndex(c.Policy),
 		given:    map[string]given{}, givenChanged: make(chan struct{}),
 		hashes:    map[string]policy.Hashes{},

@@ -25,7 +25,7 @@ func NewServer(c Config, authority *ca.CA, attestor attest.Attestor, sc server.C
 	if err != nil {
 		return nil, nil, err
 	}
-	auth.guard = attest.Guard{Attestor: attestor, Lookup: cp.Identity, Bundle: authority}
+	auth.guard = attest.Guard{Attestor: attestor, Lookup: cp.Identity, Bundle: authority, Differs: cp.shown}
 	own, err := authority.NewServer(nil, addrs)
 	if err != nil {
 		return nil, nil, err
@@ -34,6 +34,7 @@ func NewServer(c Config, authority *ca.CA, attestor attest.Attestor, sc server.C
 	cp.authority = authority
 	identities := signing.New(attestor, cp.Identity, authority, cp.log)
 	identities.OnSigned(cp.note)
+	identities.Await(cp.recorded)
 	identities.Register(g)
 	cp.xds.Register(g)
 	return cp, g, nil

@@ -4,9 +4,9 @@
 //	Secret ──authority.Open──► CA ──► the webhooks' port is opened, where there are Settings
 //	API server ──source/kube──► the whole cluster ──► controlplane.NewServer, Load ──► the agents' port is opened
 //	                            every change        ──► Update
+//	Secret ──retired.Records──► what running pods no longer are: before Load, and whatever another replica adds
 //
-// Replicas share nothing but the cluster: any serves any agent. Each has all of the configuration; what a relabelled pod was before is known only
-// to those that saw the change (controlplane: "retired").
+// Replicas share nothing but the cluster: any serves any agent.
 package replica
 
 import (
@@ -31,8 +31,10 @@ import (
 	"github.com/mantlet/mantlet/controlplane"
 	"github.com/mantlet/mantlet/controlplane/admission"
 	"github.com/mantlet/mantlet/controlplane/authority"
+	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/metrics"
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/controlplane/retired"
 	"github.com/mantlet/mantlet/controlplane/settings"
 	"github.com/mantlet/mantlet/controlplane/source/kube"
 	"github.com/mantlet/mantlet/controlplane/tokenreview"
@@ -73,6 +75,9 @@ type Config struct {
 // patience.
 const reviewRate = 500
 
+// recordRate bounds per second how often the Secret with retired identities is read and written, half a megabyte at worst.
+const recordRate = 4
+
 // Run runs a replica until ctx ends, and then returns nil; nothing of it runs any more. An API server that is away is waited for.
 func Run(ctx context.Context, cfg Config) error {
 	clients, err := clientsFor(cfg.API)
@@ -94,6 +99,10 @@ func Run(ctx context.Context, cfg Config) error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	r := &replica{cfg: cfg, clients: clients, registry: registry, health: probes.Addr()}
+	r.records = retired.New(retired.Config{
+		Client: clients.records, Watch: clients.watch, Name: types.NamespacedName{Namespace: cfg.Secret.Namespace, Name: names.RetiredSecret},
+		Worst: controlplane.RetiredFor(cfg.TTL), Log: cfg.Log,
+	})
 
 	parts, ctx := errgroup.WithContext(ctx)
 	parts.Go(func() error { return r.serveHealth(ctx, probes) })
@@ -121,8 +130,8 @@ func Run(ctx context.Context, cfg Config) error {
 }
 
 // clients are those of one API server: what is watched does not wait behind what agents ask for, nor do pods that are created: anybody can have
-// tokens reviewed that are none.
-type clients struct{ watch, review, admit kubernetes.Interface }
+// tokens reviewed that are none, and who may relabel pods can do so as fast as they like.
+type clients struct{ watch, review, admit, records kubernetes.Interface }
 
 func clientsFor(api *rest.Config) (c clients, err error) {
 	watch := rest.CopyConfig(api)
@@ -138,6 +147,11 @@ func clientsFor(api *rest.Config) (c clients, err error) {
 			return c, fmt.Errorf("client of the API server: %w", err)
 		}
 	}
+	records := rest.CopyConfig(watch)
+	records.QPS, records.Burst = recordRate, 5*recordRate
+	if c.records, err = kubernetes.NewForConfig(records); err != nil {
+		return c, fmt.Errorf("client of the API server: %w", err)
+	}
 	return c, nil
 }
 
@@ -146,6 +160,7 @@ type replica struct {
 	clients  clients
 	registry *prometheus.Registry
 	health   net.Addr
+	records  *retired.Records
 	plane    atomic.Pointer[controlplane.ControlPlane]
 	serving  atomic.Bool
 }
@@ -190,8 +205,15 @@ func (r *replica) run(ctx context.Context, root *ca.CA) error {
 	var ends []func() error
 	source := kube.New(kube.Config{Client: r.clients.watch, Log: r.cfg.Log, Networks: r.cfg.Networks, NodeAddrs: r.cfg.NodeAddrs})
 	err := source.Run(ctx, func(n kube.Networks, o *policy.Objects) (kube.Target, error) {
+		// Read after the cluster was: who relabels from here on is seen here too.
+		if !r.recall(ctx) {
+			return nil, ctx.Err()
+		}
 		cp, g, err := r.controlPlane(root, n)
 		if err != nil {
+			return nil, err
+		}
+		if err := cp.Recall(r.records.Known()); err != nil {
 			return nil, err
 		}
 		if err := cp.Load(o); err != nil { // of single objects; the others are in force
@@ -203,13 +225,14 @@ func (r *replica) run(ctx context.Context, root *ca.CA) error {
 			cp.Close()
 			return nil, fmt.Errorf("agents' port: %w", err)
 		}
-		served := make(chan error, 1)
+		served, recorded := make(chan error, 1), make(chan error, 1)
 		go func() { served <- g.Serve(l) }()
+		go func() { recorded <- r.records.Run(ctx, cp.Recall) }()
 		ends = append(ends, func() error {
 			r.serving.Store(false)
 			cp.Close()
 			stop(g)
-			return <-served
+			return errors.Join(<-served, <-recorded)
 		})
 		r.registry.MustRegister(metrics.Ledger(cp.Server().Ledger()))
 		r.plane.Store(cp)
@@ -220,10 +243,29 @@ func (r *replica) run(ctx context.Context, root *ca.CA) error {
 		}
 		return cp, nil
 	})
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = nil // asked to end before it could start
+	}
 	for _, end := range ends {
 		err = errors.Join(err, end())
 	}
 	return err
+}
+
+// recall reads what is on record of retired identities, as soon as the API server lets it. It returns false when ctx ends first.
+func (r *replica) recall(ctx context.Context) bool {
+	for {
+		err := r.records.Open(ctx)
+		if err == nil {
+			return true
+		}
+		r.cfg.Log.Warn("what is retired cannot be read, and nobody is served before; it is tried again", "error", err, "retry_in", openAgain)
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(openAgain):
+		}
+	}
 }
 
 func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.ControlPlane, *grpc.Server, error) {
@@ -233,7 +275,7 @@ func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.Cont
 	return controlplane.NewServer(
 		controlplane.Config{
 			Policy:         policy.Config{TrustDomain: r.cfg.TrustDomain, PodNetwork: n.Pods, DefaultMode: r.cfg.Mode},
-			ServiceNetwork: n.Services, Resumption: r.cfg.Sessions, Log: r.cfg.Log,
+			ServiceNetwork: n.Services, Resumption: r.cfg.Sessions, Records: r.records, Log: r.cfg.Log,
 		},
 		root, tokenreview.New(tokenreview.Config{
 			Reviews: r.clients.review.AuthenticationV1().TokenReviews(), Keys: tokenreview.JWKS(r.clients.watch.Discovery().RESTClient()), Log: r.cfg.Log,

@@ -31,6 +31,19 @@ func listenStatus(ctx context.Context, address string) (net.Listener, error) {
 	return l, nil
 }
 
+// retired is the part of a report that the records have.
+func (r *replica) retired() (out status.Retired) {
+	retirements, bindings := r.records.Known()
+	out.Identities = len(retirements)
+	for _, b := range bindings {
+		out.Bindings = append(out.Bindings, status.Binding{Namespace: b.Namespace, Until: b.Until, Why: b.Why})
+	}
+	if err := r.records.Problem(); err != nil {
+		out.Problem = err.Error()
+	}
+	return out
+}
+
 // serveStatus serves the replica's report until ctx ends.
 func (r *replica) serveStatus(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
@@ -41,7 +54,7 @@ func (r *replica) serveStatus(ctx context.Context, l net.Listener) error {
 			return
 		}
 		report := cp.Report()
-		report.Replica = r.cfg.Name
+		report.Replica, report.Retired = r.cfg.Name, r.retired()
 		for i := range report.Namespaces {
 			report.Namespaces[i].Exempt = slices.Contains(r.cfg.Exempt, report.Namespaces[i].Name)
 		}

@@ -28,7 +28,7 @@ func Merge(reports []Report, unheard map[string]string) Status {
 			pods[p.Name] = is
 		}
 	}
-	s := Status{Replicas: replicas(reports, unheard)}
+	s := Status{Replicas: replicas(reports, unheard), Bindings: bindings(reports)}
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		p := pods[name]
 		p.state = p.judged(len(unheard))
@@ -92,7 +92,7 @@ func (p present) judged(unheard int) State {
 
 func replicas(reports []Report, unheard map[string]string) (list []ReplicaStatus) {
 	for _, r := range reports {
-		rs := ReplicaStatus{Name: r.Replica, Policies: len(r.Policies), Roots: r.Roots}
+		rs := ReplicaStatus{Name: r.Replica, Policies: len(r.Policies), Roots: r.Roots, Retired: r.Retired.Identities, Problem: r.Retired.Problem}
 		for _, p := range r.Pods {
 			if p.Sidecar != nil && p.Sidecar.Connected {
 				rs.Sidecars++
@@ -104,6 +104,21 @@ func replicas(reports []Report, unheard map[string]string) (list []ReplicaStatus
 		list = append(list, ReplicaStatus{Name: name, Error: why})
 	}
 	slices.SortFunc(list, func(a, b ReplicaStatus) int { return strings.Compare(a.Name, b.Name) })
+	return list
+}
+
+func bindings(reports []Report) (list []Binding) {
+	latest := map[string]Binding{}
+	for _, r := range reports {
+		for _, b := range r.Retired.Bindings {
+			if b.Until.After(latest[b.Namespace].Until) {
+				latest[b.Namespace] = b
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(latest)) {
+		list = append(list, latest[name])
+	}
 	return list
 }
 

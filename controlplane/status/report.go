@@ -11,9 +11,24 @@ type Report struct {
 	Time        time.Time   `json:"time"` // of the report
 	TrustDomain string      `json:"trustDomain"`
 	Roots       []time.Time `json:"roots"` // when the trusted roots end
+	Retired     Retired     `json:"retired"`
 	Namespaces  []Namespace `json:"namespaces"`
 	Pods        []Pod       `json:"pods"`
 	Policies    []Policy    `json:"policies"`
+}
+
+// Retired is what a replica knows of identities that running pods no longer have.
+type Retired struct {
+	Identities int       `json:"identities"` // refused from the addresses of pods that had them
+	Bindings   []Binding `json:"bindings,omitempty"`
+	Problem    string    `json:"problem,omitempty"` // why they are not on record for other replicas, or what was broken there
+}
+
+// Binding says that for a while the identities of a namespace count from addresses of pods that have them only.
+type Binding struct {
+	Namespace string    `json:"namespace,omitempty"` // empty: of all
+	Until     time.Time `json:"until"`
+	Why       string    `json:"why"`
 }
 
 // Namespace is one in which there are pods or policies.

@@ -25,6 +25,7 @@ const (
 type Status struct {
 	State      State             `json:"state"` // in force, not everywhere, or unknown
 	Replicas   []ReplicaStatus   `json:"replicas"`
+	Bindings   []Binding         `json:"bindings,omitempty"` // by namespace, each with its latest end
 	Namespaces []NamespaceStatus `json:"namespaces"`
 	Policies   []PolicyStatus    `json:"policies"`
 	Sidecars   []SidecarStatus   `json:"sidecars"`
@@ -37,6 +38,8 @@ type ReplicaStatus struct {
 	Sidecars int         `json:"sidecars"`        // connected to it
 	Policies int         `json:"policies"`        // that it holds
 	Roots    []time.Time `json:"roots,omitempty"` // when the roots that it trusts end
+	Retired  int         `json:"retired"`         // identities that it refuses from addresses of pods that had them
+	Problem  string      `json:"problem,omitempty"`
 }
 
 // NamespaceStatus is how far a namespace's pods are covered.
@@ -80,6 +83,11 @@ func (s Status) In(namespace string) Status {
 		return s
 	}
 	out := Status{Replicas: s.Replicas}
+	for _, b := range s.Bindings {
+		if b.Namespace == namespace || b.Namespace == "" {
+			out.Bindings = append(out.Bindings, b)
+		}
+	}
 	for _, n := range s.Namespaces {
 		if n.Name == namespace {
 			out.Namespaces = append(out.Namespaces, n)

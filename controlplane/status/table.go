@@ -30,6 +30,18 @@ func (s Status) Table(w io.Writer, detail Detail, now time.Time) error {
 		}
 		t.row(r.Name, r.Sidecars, r.Policies, t.until(lastOf(r.Roots)))
 	}
+	for _, r := range s.Replicas {
+		if r.Problem != "" {
+			t.row(r.Name + ": " + r.Problem)
+		}
+	}
+	for _, b := range s.Bindings {
+		of := "all namespaces"
+		if b.Namespace != "" {
+			of = "namespace " + b.Namespace
+		}
+		t.row(fmt.Sprintf("identities of %s count from addresses of pods that have them only; that ends %s: %s", of, t.until(b.Until), b.Why))
+	}
 	t.row()
 	t.row("NAMESPACE", "MODE", "PODS", "SIDECARS", "IN FORCE")
 	for _, n := range s.Namespaces {
