@@ -168,7 +168,16 @@ func TestGuard(t *testing.T) {
 		{"expired on an open connection", over(call("Bearer "+mint(t, m, web0, Audience)), svid(t, authority, shop)), time.Hour + time.Second, codes.Unauthenticated},
 	} {
 		now.t = start.Add(tc.age)
+		var differs []Pod
+		g.Differs = func(p Pod, leaf *x509.Certificate) {
+			if differs = append(differs, p); leaf.URIs[0].String() != lab.String() {
+				t.Errorf("%s: told of %s", tc.name, leaf.URIs)
+			}
+		}
 		pod, id, err := g.Peer(tc.ctx)
+		if told := len(differs) == 1 && differs[0] == web0; told != (tc.want == codes.PermissionDenied) || len(differs) > 1 {
+			t.Errorf("%s: told of %v", tc.name, differs)
+		}
 		if status.Code(err) != tc.want || (err == nil) != (pod == web0 && id == shop) {
 			t.Errorf("%s: %v, %v, %v; want %s", tc.name, pod, id, err, tc.want)
 		}

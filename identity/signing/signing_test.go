@@ -15,6 +15,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -220,6 +221,39 @@ func TestAuthorityFails(t *testing.T) {
 	_, err := s.Sign(ctx, &mantletv1.SignRequest{Csr: csr})
 	if status.Code(err) != codes.Internal || strings.Contains(err.Error(), "secret") || !strings.Contains(log.String(), "secret reason") {
 		t.Errorf("%v; log: %s", err, log.String())
+	}
+}
+
+// Nothing is signed before what has to come first, and the pod may come again.
+func TestAwait(t *testing.T) {
+	p := start(t, shopID)
+	var log lockedBuffer
+	var first error
+	s := New(p.minter, shopID, p.ca, slog.New(slog.NewTextHandler(&log, nil)))
+	s.Await(func(_ context.Context, pod attest.Pod) error {
+		if pod != web {
+			t.Errorf("asked about %v", pod)
+		}
+		return first
+	})
+	s.OnSigned(func(attest.Pod, *x509.Certificate, *x509bundle.Bundle) {
+		if first != nil {
+			t.Error("signed")
+		}
+	})
+	ctx := metadata.NewIncomingContext(context.Background(), metadata.Pairs("authorization", "Bearer "+p.token(web, attest.Audience)))
+	csr, _ := request(t, elliptic.P256())
+	for _, first = range []error{errors.New("secret reason"), nil} {
+		resp, err := s.Sign(ctx, &mantletv1.SignRequest{Csr: csr})
+		if first == nil {
+			if err != nil || len(resp.CertificateChain) == 0 {
+				t.Errorf("%v", err)
+			}
+			continue
+		}
+		if status.Code(err) != codes.Unavailable || strings.Contains(err.Error(), "secret") || !strings.Contains(log.String(), "secret reason") {
+			t.Errorf("%v; log: %s", err, log.String())
+		}
 	}
 }
 
