@@ -25,17 +25,20 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/yaml"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/controlplane/status"
 	"github.com/mantlet/mantlet/identity"
 	"github.com/mantlet/mantlet/identity/attest"
 	"github.com/mantlet/mantlet/identity/svid"
+	"github.com/mantlet/mantlet/install"
 	"github.com/mantlet/mantlet/test/cluster"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
@@ -73,11 +76,47 @@ func newWorld(t *testing.T) *world {
 		_, err := w.client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
 		w.must(err)
 	}
+	w.grant()
 	_, err = w.client.CoreV1().ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
 	w.must(err)
 	_, err = w.client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.64.0.0/24"}}}, metav1.CreateOptions{})
 	w.must(err)
 	return w
+}
+
+// grant has replicas be who the chart says, with the rights that it gives them.
+func (w *world) grant() {
+	w.t.Helper()
+	list, err := install.Render(install.Options{Set: []string{"image=registry.example/mantlet@sha256:01"}})
+	w.must(err)
+	rbac := w.client.RbacV1()
+	for _, m := range list {
+		if m.Name != names.Service {
+			continue
+		}
+		var err error
+		switch m.Kind {
+		case "ClusterRole":
+			_, err = rbac.ClusterRoles().Create(w.t.Context(), read[rbacv1.ClusterRole](w.t, m), metav1.CreateOptions{})
+		case "ClusterRoleBinding":
+			_, err = rbac.ClusterRoleBindings().Create(w.t.Context(), read[rbacv1.ClusterRoleBinding](w.t, m), metav1.CreateOptions{})
+		case "Role":
+			_, err = rbac.Roles(m.Namespace).Create(w.t.Context(), read[rbacv1.Role](w.t, m), metav1.CreateOptions{})
+		case "RoleBinding":
+			_, err = rbac.RoleBindings(m.Namespace).Create(w.t.Context(), read[rbacv1.RoleBinding](w.t, m), metav1.CreateOptions{})
+		}
+		w.must(err)
+	}
+	w.api.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:" + names.SystemNamespace + ":mantlet"}
+}
+
+func read[T any](t *testing.T, m install.Manifest) *T {
+	t.Helper()
+	out := new(T)
+	if err := yaml.UnmarshalStrict(m.Text, out); err != nil {
+		t.Fatal(err)
+	}
+	return out
 }
 
 func (w *world) must(err error) {
