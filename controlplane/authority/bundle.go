@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -90,6 +91,28 @@ func (b *Bundle) Changed() {
 	for _, n := range list {
 		b.queue.Add(n.Name)
 	}
+}
+
+// Behind lists the namespaces, sorted, whose ConfigMap does not hold the bundle yet, as far as is known here.
+func (b *Bundle) Behind() (list []string, err error) {
+	pem, err := b.pem()
+	if err != nil {
+		return nil, err
+	}
+	all, err := b.namespaces.List(labels.Everything())
+	if err != nil {
+		return nil, err
+	}
+	for _, ns := range all {
+		if ns.Status.Phase == corev1.NamespaceTerminating {
+			continue
+		}
+		if is, err := b.maps.ConfigMaps(ns.Name).Get(names.RootConfigMap); err != nil || is.Data[names.RootKey] != string(pem) {
+			list = append(list, ns.Name)
+		}
+	}
+	slices.Sort(list)
+	return list, nil
 }
 
 // Run keeps the ConfigMaps until ctx ends. Nothing of it runs when it returns.

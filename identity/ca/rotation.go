@@ -2,9 +2,12 @@ package ca
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -59,6 +62,22 @@ func (c *CA) Replace(m Material) error {
 	defer c.mu.Unlock()
 	c.issuer = next.issuer
 	return nil
+}
+
+// Fingerprint tells one signing certificate with its trusted roots from others, in 32 hexadecimal digits: replicas of one fingerprint sign and trust the same.
+func (c *CA) Fingerprint() string {
+	by := c.present()
+	var roots [][]byte
+	for _, root := range by.roots {
+		roots = append(roots, root.Raw)
+	}
+	slices.SortFunc(roots, bytes.Compare)
+	sum := sha256.New()
+	for _, der := range append([][]byte{by.signer.Raw}, slices.CompactFunc(roots, bytes.Equal)...) {
+		one := sha256.Sum256(der)
+		sum.Write(one[:])
+	}
+	return hex.EncodeToString(sum.Sum(nil)[:16])
 }
 
 // Signed reports whether the key in force signed a leaf.
