@@ -17,6 +17,7 @@ func (cp *ControlPlane) Report() status.Report {
 	defer cp.mu.Unlock()
 	r := status.Report{Time: cp.now().UTC(), TrustDomain: cp.policy.TrustDomain.Name()}
 	if cp.authority != nil {
+		r.Authority = cp.authority.Fingerprint()
 		for _, root := range cp.authority.Bundle().X509Authorities() {
 			r.Roots = append(r.Roots, root.NotAfter.UTC())
 		}
@@ -32,11 +33,12 @@ func (cp *ControlPlane) Report() status.Report {
 	}
 	for _, name := range cp.index.PodNames() {
 		p, _ := cp.index.Pod(name)
-		pod := status.Pod{Name: name, UID: p.UID}
+		pod := status.Pod{Name: name, UID: p.UID, Started: len(p.Addrs) > 0}
 		if p.Sidecar {
 			s := sidecar(sidecars[name])
 			if g, ok := cp.given[name]; ok && g.uid == p.UID {
-				s.Certificate = g.until.UTC()
+				s.Certificate, s.Given = g.until.UTC(), g.last.UTC()
+				s.Current = cp.authority != nil && cp.settled(g)
 			}
 			pod.Sidecar = &s
 		}

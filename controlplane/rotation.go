@@ -26,6 +26,7 @@ type given struct {
 	until  time.Time // it is valid
 	bundle *x509bundle.Bundle
 	at     time.Time // since when it has had that from this authority, with these roots
+	last   time.Time // when it was given anything
 }
 
 // note keeps what a pod was given.
@@ -36,7 +37,7 @@ func (cp *ControlPlane) note(pod attest.Pod, leaf *x509.Certificate, bundle *x50
 		bundle = cp.bundle // one for all
 	}
 	cp.bundle = bundle
-	next := given{uid: pod.UID, leaf: leaf.Raw, until: leaf.NotAfter, bundle: bundle, at: cp.now()}
+	next := given{uid: pod.UID, leaf: leaf.Raw, until: leaf.NotAfter, bundle: bundle, at: cp.now(), last: cp.now()}
 	if old, ok := cp.given[pod.String()]; ok && old.uid == pod.UID && cp.current(old) && cp.current(next) {
 		next.at = old.at
 	}
@@ -53,6 +54,9 @@ func (cp *ControlPlane) current(g given) bool {
 	leaf, err := x509.ParseCertificate(g.leaf)
 	return err == nil && cp.authority.Signed(leaf)
 }
+
+// settled reports whether a pod has what the authority gives now, and has had it long enough to use it.
+func (cp *ControlPlane) settled(g given) bool { return cp.current(g) && cp.now().Sub(g.at) >= settle }
 
 // Behind lists the pods with a sidecar ("namespace/name", sorted) that may not use yet what the authority gives now: neither a certificate
 // that its present key signed, nor its present roots. Those that another replica has served, or an earlier process, are among them until

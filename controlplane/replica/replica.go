@@ -119,6 +119,7 @@ func Run(ctx context.Context, cfg Config) error {
 		if err != nil {
 			return err
 		}
+		r.bundle.Store(bundle)
 		parts.Go(func() error { return bundle.Run(ctx) })
 		if cfg.Settings != nil {
 			parts.Go(func() error { return r.admit(ctx, root) })
@@ -161,6 +162,7 @@ type replica struct {
 	registry *prometheus.Registry
 	health   net.Addr
 	records  *retired.Records
+	bundle   atomic.Pointer[authority.Bundle]
 	plane    atomic.Pointer[controlplane.ControlPlane]
 	serving  atomic.Bool
 }

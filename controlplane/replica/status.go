@@ -55,6 +55,11 @@ func (r *replica) serveStatus(ctx context.Context, l net.Listener) error {
 		}
 		report := cp.Report()
 		report.Replica, report.Retired = r.cfg.Name, r.retired()
+		if unbundled, err := r.bundle.Load().Behind(); err == nil { // it is there before the plane is
+			report.Unbundled = unbundled
+		} else {
+			report.Unbundled = []string{err.Error()}
+		}
 		for i := range report.Namespaces {
 			report.Namespaces[i].Exempt = slices.Contains(r.cfg.Exempt, report.Namespaces[i].Name)
 		}

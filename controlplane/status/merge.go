@@ -37,7 +37,7 @@ func Merge(reports []Report, unheard map[string]string) Status {
 		}
 		pods[name] = p
 		if p.Sidecar != nil {
-			s.Sidecars = append(s.Sidecars, SidecarStatus{Pod: name, State: p.state, Replica: p.replica, Sidecar: *p.Sidecar})
+			s.Sidecars = append(s.Sidecars, SidecarStatus{Pod: name, State: p.state, Replica: p.replica, Started: p.Started, Sidecar: *p.Sidecar})
 		}
 	}
 	s.Namespaces = namespaces(reports, pods)
@@ -55,23 +55,43 @@ type present struct {
 }
 
 // counting is which of two replicas' words on a pod counts: that of the one which its sidecar is connected to, or came to last. The certificate
-// is what any of them signed last.
+// is what any of them signed last, and so is whether it is current.
 func counting(a, b present) present {
 	of := b
 	if a.connected && (!b.connected || a.Sidecar.Since.After(b.Sidecar.Since)) {
 		of = a
 	}
+	of.Started = a.Started || b.Started
 	if of.Sidecar == nil {
 		return of
 	}
 	merged := *of.Sidecar
 	for _, p := range []present{a, b} {
-		if p.Sidecar != nil && p.UID == of.UID && p.Sidecar.Certificate.After(merged.Certificate) {
+		if p.Sidecar == nil || p.UID != of.UID {
+			continue
+		}
+		if p.Sidecar.Certificate.After(merged.Certificate) {
 			merged.Certificate = p.Sidecar.Certificate
 		}
+		merged.Given, merged.Current = givenLast(merged, *p.Sidecar)
 	}
 	of.Sidecar = &merged
 	return of
+}
+
+// clocksDiffer is how far the clocks of two replicas may be apart.
+const clocksDiffer = time.Minute
+
+// givenLast is when a sidecar was given its last certificate, and whether that is current. Where two replicas have signed at about the same time, and
+// their clocks cannot tell who was last, it is if both say so.
+func givenLast(a, b Sidecar) (at time.Time, current bool) {
+	if b.Given.After(a.Given) {
+		a, b = b, a
+	}
+	if b.Given.IsZero() || a.Given.Sub(b.Given) > clocksDiffer {
+		return a.Given, a.Current
+	}
+	return a.Given, a.Current && b.Current
 }
 
 func (p present) judged(unheard int) State {
@@ -92,7 +112,7 @@ func (p present) judged(unheard int) State {
 
 func replicas(reports []Report, unheard map[string]string) (list []ReplicaStatus) {
 	for _, r := range reports {
-		rs := ReplicaStatus{Name: r.Replica, Policies: len(r.Policies), Roots: r.Roots, Retired: r.Retired.Identities, Problem: r.Retired.Problem}
+		rs := ReplicaStatus{Name: r.Replica, TrustDomain: r.TrustDomain, Policies: len(r.Policies), Roots: r.Roots, Authority: r.Authority, Unbundled: r.Unbundled, Retired: r.Retired.Identities, Problem: r.Retired.Problem}
 		for _, p := range r.Pods {
 			if p.Sidecar != nil && p.Sidecar.Connected {
 				rs.Sidecars++

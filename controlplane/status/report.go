@@ -11,10 +11,14 @@ type Report struct {
 	Time        time.Time   `json:"time"` // of the report
 	TrustDomain string      `json:"trustDomain"`
 	Roots       []time.Time `json:"roots"` // when the trusted roots end
-	Retired     Retired     `json:"retired"`
-	Namespaces  []Namespace `json:"namespaces"`
-	Pods        []Pod       `json:"pods"`
-	Policies    []Policy    `json:"policies"`
+	// Authority tells by which certificate is signed and which roots are trusted (ca.CA.Fingerprint).
+	Authority string `json:"authority,omitempty"`
+	// Unbundled are the namespaces whose trust bundle, by which new sidecars begin, is another one still.
+	Unbundled  []string    `json:"unbundled,omitempty"`
+	Retired    Retired     `json:"retired"`
+	Namespaces []Namespace `json:"namespaces"`
+	Pods       []Pod       `json:"pods"`
+	Policies   []Policy    `json:"policies"`
 }
 
 // Retired is what a replica knows of identities that running pods no longer have.
@@ -45,18 +49,22 @@ type Namespace struct {
 type Pod struct {
 	Name    string   `json:"name"` // "namespace/name"
 	UID     string   `json:"uid,omitempty"`
+	Started bool     `json:"started,omitempty"` // it has an address
 	Sidecar *Sidecar `json:"sidecar,omitempty"` // nil: it has none
 }
 
 // Sidecar is what a replica knows of one. That it is not connected to this one does not mean that it is not to another.
 type Sidecar struct {
-	Connected   bool       `json:"connected"`
-	InForce     bool       `json:"inForce"` // connected, and it has confirmed everything that it should hold
-	Since       time.Time  `json:"since,omitzero"`
-	LastAck     time.Time  `json:"lastAck,omitzero"`
-	Certificate time.Time  `json:"certificate,omitzero"` // when that which this replica has signed last ends
-	Waiting     []Resource `json:"waiting,omitempty"`    // not confirmed yet
-	Refused     []Refusal  `json:"refused,omitempty"`    // NACKed
+	Connected   bool      `json:"connected"`
+	InForce     bool      `json:"inForce"` // connected, and it has confirmed everything that it should hold
+	Since       time.Time `json:"since,omitzero"`
+	LastAck     time.Time `json:"lastAck,omitzero"`
+	Certificate time.Time `json:"certificate,omitzero"` // when that which this replica has signed last ends
+	// Given is when this replica has signed for it last, and Current says that it has what Authority gives, roots included, and has had it for a moment.
+	Given   time.Time  `json:"given,omitzero"`
+	Current bool       `json:"current,omitempty"`
+	Waiting []Resource `json:"waiting,omitempty"` // not confirmed yet
+	Refused []Refusal  `json:"refused,omitempty"` // NACKed
 }
 
 // Resource is an xDS resource, its type the last part of the type URL.

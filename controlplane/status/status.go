@@ -33,13 +33,17 @@ type Status struct {
 
 // ReplicaStatus is one replica of the control plane.
 type ReplicaStatus struct {
-	Name     string      `json:"name"`
-	Error    string      `json:"error,omitempty"` // why it was not heard
-	Sidecars int         `json:"sidecars"`        // connected to it
-	Policies int         `json:"policies"`        // that it holds
-	Roots    []time.Time `json:"roots,omitempty"` // when the roots that it trusts end
-	Retired  int         `json:"retired"`         // identities that it refuses from addresses of pods that had them
-	Problem  string      `json:"problem,omitempty"`
+	Name        string      `json:"name"`
+	Error       string      `json:"error,omitempty"` // why it was not heard
+	TrustDomain string      `json:"trustDomain,omitempty"`
+	Sidecars    int         `json:"sidecars"`        // connected to it
+	Policies    int         `json:"policies"`        // that it holds
+	Roots       []time.Time `json:"roots,omitempty"` // when the roots that it trusts end
+	// Authority tells by which certificate it signs and which roots it trusts, and Unbundled which namespaces begin with others still.
+	Authority string   `json:"authority,omitempty"`
+	Unbundled []string `json:"unbundled,omitempty"`
+	Retired   int      `json:"retired"` // identities that it refuses from addresses of pods that had them
+	Problem   string   `json:"problem,omitempty"`
 }
 
 // NamespaceStatus is how far a namespace's pods are covered.
@@ -74,6 +78,7 @@ type SidecarStatus struct {
 	Pod     string `json:"pod"`
 	State   State  `json:"state"`
 	Replica string `json:"replica,omitempty"` // that it is connected to
+	Started bool   `json:"started,omitempty"` // its pod has an address
 	Sidecar
 }
 
