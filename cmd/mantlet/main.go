@@ -32,7 +32,7 @@ func main() {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newSimulate(), newSandbox(), newInject(), newInstall(), newUninstall(), newControlPlane(), newStatus(), &cobra.Command{
+	root.AddCommand(newSimulate(), newSandbox(), newInject(), newInstall(), newUninstall(), newControlPlane(), newStatus(), newCA(), &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version) },
 	})

@@ -50,6 +50,7 @@ var td = spiffeid.RequireTrustDomainFromString("td.example")
 // world is a real API server with pods, of which it hears from the test, and replicas in this process.
 type world struct {
 	t      *testing.T
+	config string // kubeconfig of an administrator
 	api    *rest.Config
 	client kubernetes.Interface
 }
@@ -65,7 +66,7 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
-	w := &world{t: t}
+	w := &world{t: t, config: s.Kubeconfig()}
 	w.api, err = clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
 	w.must(err)
 	mine := rest.CopyConfig(w.api)

@@ -84,6 +84,8 @@ var table = []room{
 		why: "the Kubernetes side of attestation; identity links no Kubernetes"},
 	{path: "controlplane/authority", rooms: []string{"controlplane/inject/names", "identity/ca"}, never: []string{envoyAPI, grpc},
 		why: "keeps the authority in a cluster; what it signs is no matter"},
+	{path: "controlplane/rotation", rooms: []string{"controlplane/authority", "controlplane/status", "identity/ca"}, never: []string{envoyAPI, grpc},
+		why: "holds what replicas report against the Secret with the root; how they are asked is an interface"},
 	{path: "controlplane/retired", rooms: []string{"controlplane/policy", "identity"}, never: []string{envoyAPI, grpc},
 		why: "keeps what is retired in a cluster; what follows from it is for the control plane"},
 	{path: "controlplane/metrics", rooms: []string{"xds/server"}, never: kubernetes,
