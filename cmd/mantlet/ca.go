@@ -171,9 +171,9 @@ func (f *caFlags) rotate(ctx context.Context, progress io.Writer) error {
 			if err = r.Advance(ctx, p); err == nil {
 				begun = true
 				fmt.Fprintln(progress, map[authority.Step]string{
-					authority.Settled:   "a new root is made: step 1 of 3, the old one signs and both are trusted",
-					authority.Prepared:  "step 2 of 3: the new root signs and both are trusted",
-					authority.Activated: "step 3 of 3: the new root signs and it alone is trusted",
+					authority.Settled:   "a new root is made, and step 1 of 3 is written",
+					authority.Prepared:  "step 2 of 3 is written",
+					authority.Activated: "step 3 of 3 is written",
 				}[p.Step])
 				continue
 			}
@@ -182,9 +182,9 @@ func (f *caFlags) rotate(ctx context.Context, progress io.Writer) error {
 			}
 			begun = begun || p.Step != authority.Settled
 		case err == nil:
-			err = errors.New(p.Text())
+			err = errors.New("step 3 of 3, the new root alone is trusted: " + p.Missing())
 			if !f.wait {
-				fmt.Fprintln(progress, "the last step is written; sidecars follow with their next certificates (mantlet ca status tells)")
+				fmt.Fprintln(progress, "sidecars follow with their next certificates (mantlet ca status tells)")
 				return nil
 			}
 		}

@@ -31,10 +31,23 @@ type Step string
 
 // The steps, as ca.Rotation has them.
 const (
-	Settled   Step = "no rotation is under way"                             // one root signs and is trusted
-	Prepared  Step = "step 1 of 3, the old root signs and both are trusted" // ca.Rotation.Prepared
-	Activated Step = "step 2 of 3, the new root signs and both are trusted" // ca.Rotation.Activated
+	Settled   Step = "settled" // nothing is under way
+	Prepared  Step = "prepared"
+	Activated Step = "activated"
 )
+
+// Text says what is in force at a step.
+func (s Step) Text() string {
+	switch s {
+	case Settled:
+		return "no rotation is under way"
+	case Prepared:
+		return "step 1 of 3, the old root signs and both are trusted"
+	case Activated:
+		return "step 2 of 3, the new root signs and both are trusted"
+	}
+	return string(s)
+}
 
 // ErrMoved is wrapped by errors of writing a step where somebody else has written the Secret since it was read: read it again.
 var ErrMoved = errors.New("somebody else has written it")

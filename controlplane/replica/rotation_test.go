@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -193,11 +194,11 @@ func TestRotateCommand(t *testing.T) {
 	}
 	before := root()
 	w.until("all are as they should be", func() bool { return w.look(w.rotation(one, two)).Complete() })
-	run(0, "no rotation is under way: with all sidecars", "status")
+	run(0, "no rotation is under way: all sidecars have that", "status")
 	stop := w.trusting(a, b)
 	run(1, "step 1 of 3, the old root signs and both are trusted", "rotate", "--pause", "1h")
 	run(1, "step 1 of 3, the old root signs and both are trusted", "status")
-	run(1, `"step": "step 1 of 3`, "status", "-o", "json")
+	run(1, `"step": "prepared"`, "status", "-o", "json")
 	run(1, "run it again, and it goes on from there", "rotate", "--wait", "--pause", "1h", "--timeout", "3s")
 	killed := ca("rotate", "--wait", "--pause", "1s")
 	w.must(killed.Start())
@@ -205,11 +206,17 @@ func TestRotateCommand(t *testing.T) {
 	w.must(killed.Process.Kill())
 	_ = killed.Wait() // was killed
 	run(0, "the rotation is complete: every sidecar trusts the new root alone", "rotate", "--wait", "--pause", "1s", "--timeout", "1m")
-	stop()
 	if root().Equal(before) {
 		t.Error("the root is the one before")
 	}
-	run(0, "no rotation is under way: with all sidecars", "status")
+	// Once more, without --wait: each time as far as it goes.
+	with := func() bool { p := w.look(w.rotation(one, two)); return p.Waits == "" && len(p.Behind) == 0 }
+	for i, want := range []int{1, 1, 0} {
+		run(want, fmt.Sprintf("step %d of 3 is written", i+1), "rotate", "--pause", "0s")
+		w.until("the step is with all", with)
+	}
+	stop()
+	run(0, "no rotation is under way: all sidecars have that", "status")
 	run(2, "hint: table or json", "status", "-o", "xml")
 	two.stop()
 	run(1, "is not heard", "status")

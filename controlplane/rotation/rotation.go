@@ -56,22 +56,21 @@ func (p Position) Complete() bool {
 }
 
 // Text says where it stands in one line.
-func (p Position) Text() string {
-	out := string(p.Step)
+func (p Position) Text() string { return fmt.Sprintf("%s: %s", p.Step.Text(), p.Missing()) }
+
+// Missing says in one line what the step waits for.
+func (p Position) Missing() string {
 	switch {
 	case p.Waits != "":
-		return out + ": " + p.Waits
+		return p.Waits
 	case len(p.Behind) == 1:
-		return fmt.Sprintf("%s: 1 sidecar may not have that yet (%s)", out, p.Behind[0])
+		return fmt.Sprintf("1 sidecar may not have that yet (%s)", p.Behind[0])
+	case len(p.Behind) > 3:
+		return fmt.Sprintf("%d sidecars may not have that yet (%s, …)", len(p.Behind), strings.Join(p.Behind[:3], ", "))
 	case len(p.Behind) > 0:
-		list := p.Behind
-		more := ""
-		if len(list) > 3 {
-			list, more = list[:3], ", …"
-		}
-		return fmt.Sprintf("%s: %d sidecars may not have that yet (%s%s)", out, len(p.Behind), strings.Join(list, ", "), more)
+		return fmt.Sprintf("%d sidecars may not have that yet (%s)", len(p.Behind), strings.Join(p.Behind, ", "))
 	}
-	return out + ": with all sidecars"
+	return "all sidecars have that"
 }
 
 // Look finds out how far it is.
@@ -117,7 +116,7 @@ func (r Rotation) Advance(ctx context.Context, p Position) error {
 	case p.Waits != "", p.Step != authority.Settled && len(p.Behind) > 0:
 		return fmt.Errorf("%w: %s", ErrWaits, p.Text())
 	case p.Step != authority.Settled && left > 0:
-		return fmt.Errorf("%w: %s: the next step is taken %s after this one was", ErrWaits, p.Step, r.Pause)
+		return fmt.Errorf("%w: %s: the next step is taken %s after this one was", ErrWaits, p.Step.Text(), r.Pause)
 	}
 	_, err := r.Secret.Advance(ctx, p.state, p.cfg, now())
 	if errors.Is(err, authority.ErrMoved) {

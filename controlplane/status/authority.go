@@ -2,6 +2,8 @@ package status
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 )
 
@@ -14,15 +16,20 @@ func (s Status) Adopted(fingerprint string) (behind []string, otherwise string) 
 		return nil, "no replica is known"
 	}
 	var why []string
+	unbundled := map[string]bool{}
 	for _, r := range s.Replicas {
 		switch {
 		case r.Error != "":
 			why = append(why, fmt.Sprintf("replica %s is not heard: %s", r.Name, r.Error))
 		case r.Authority != fingerprint:
 			why = append(why, fmt.Sprintf("replica %s has not taken over the secret yet", r.Name))
-		case len(r.Unbundled) > 0:
-			why = append(why, fmt.Sprintf("the trust bundle is not in %s yet (%s)", count(len(r.Unbundled), "namespace"), named(r.Unbundled)))
 		}
+		for _, namespace := range r.Unbundled {
+			unbundled[namespace] = true
+		}
+	}
+	if len(unbundled) > 0 {
+		why = append(why, fmt.Sprintf("the trust bundle is not in %s yet (%s)", count(len(unbundled), "namespace"), named(slices.Sorted(maps.Keys(unbundled)))))
 	}
 	if len(why) > 0 {
 		return nil, strings.Join(why, "; ")

@@ -266,6 +266,12 @@ func (w *world) addPod(name, ip string) *sidecarPod {
 // startAgents starts agents with what injection gives them: the trust bundle of their namespace, and a token of their pod.
 func (w *world) startAgents(controlPlane string, pods ...*sidecarPod) {
 	w.t.Helper()
+	w.startAgentsWith(nil, controlPlane, pods...)
+}
+
+// startAgentsWith does so with more flags.
+func (w *world) startAgentsWith(flags []string, controlPlane string, pods ...*sidecarPod) {
+	w.t.Helper()
 	var bundle string
 	if !until(w.t.Context(), func() bool {
 		m, err := w.client.CoreV1().ConfigMaps("shop").Get(w.t.Context(), names.RootConfigMap, metav1.GetOptions{})
@@ -294,8 +300,8 @@ func (w *world) startAgents(controlPlane string, pods ...*sidecarPod) {
 		log := &text{}
 		process, err := p.net.Start(w.t.Context(), netns.Command{
 			Path: build(w.t, "mantlet-agent"), User: netns.Root, Stdout: log, Stderr: log,
-			Args: []string{"run", "--control-plane", controlPlane, "--trust-domain", "td.example", "--bundle", filepath.Join(dir, "ca.crt"),
-				"--token-file", filepath.Join(dir, "token"), "--envoy", w.envoy(), "--run-dir", p.runDir, "--exempt", exempt, "--drain-timeout", "1s"},
+			Args: append([]string{"run", "--control-plane", controlPlane, "--trust-domain", "td.example", "--bundle", filepath.Join(dir, "ca.crt"),
+				"--token-file", filepath.Join(dir, "token"), "--envoy", w.envoy(), "--run-dir", p.runDir, "--exempt", exempt, "--drain-timeout", "1s"}, flags...),
 			Env: []string{"PATH=/usr/bin:/bin", "POD_NAMESPACE=shop", "POD_NAME=" + p.object.Name},
 		})
 		w.must(err)
