@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -54,9 +53,8 @@ type ControlPlane struct {
 	authority *ca.CA // signs for the pods; nil: somebody else does
 
 	mu           sync.Mutex
-	given        map[string]given   // by pod: what the authority gave it last
-	givenChanged chan struct{}      // closed when given changes
-	bundle       *x509bundle.Bundle // that was given last
+	given        map[string]given // by pod: what the authority gave it last
+	givenChanged chan struct{}    // closed when given changes
 	index        *policy.Index
 	changes      uint64                   // counts what has changed index
 	moves        uint64                   // counts those changes that were about pods, services or nodes, and not about policy alone

@@ -38,7 +38,7 @@ func (cp *ControlPlane) Report() status.Report {
 			s := sidecar(sidecars[name])
 			if g, ok := cp.given[name]; ok && g.uid == p.UID {
 				s.Certificate, s.Given = g.until.UTC(), g.last.UTC()
-				s.Current = cp.authority != nil && cp.settled(g)
+				s.Current = r.Authority != "" && g.settled(r.Authority, r.Time)
 			}
 			pod.Sidecar = &s
 		}

@@ -104,7 +104,7 @@ func (cp *ControlPlane) Recall(retirements []policy.Retirement, bindings []polic
 	now := cp.now()
 	for _, r := range retirements {
 		for _, a := range r.Addrs {
-			if r.Until.After(now) {
+			if is, ok := cp.index.Retired(r.ID, a); r.Until.After(now) && (!ok || is.Before(r.Until)) {
 				touched = append(touched, cp.index.Retire(r.ID, a, r.Until))
 			}
 		}

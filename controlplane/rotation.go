@@ -21,24 +21,24 @@ const settle = 2 * time.Second
 
 // given is what a pod was given last.
 type given struct {
-	uid    string
-	leaf   []byte    // DER; parsed it would be six times as large
-	until  time.Time // it is valid
-	bundle *x509bundle.Bundle
-	at     time.Time // since when it has had that from this authority, with these roots
-	last   time.Time // when it was given anything
+	uid   string
+	until time.Time // the certificate is valid
+	by    string    // the authority that gave it, with these roots (ca.CA.Fingerprint); empty: one that was another the next moment
+	at    time.Time // since when it has had that
+	last  time.Time // when it was given anything
 }
 
 // note keeps what a pod was given.
 func (cp *ControlPlane) note(pod attest.Pod, leaf *x509.Certificate, bundle *x509bundle.Bundle) {
+	by := cp.authority.Fingerprint()
+	if !bundle.Equal(cp.authority.Bundle()) || !cp.authority.Signed(leaf) || cp.authority.Fingerprint() != by {
+		by = "" // a step of a rotation came between
+	}
 	cp.mu.Lock()
 	defer cp.mu.Unlock()
-	if cp.bundle != nil && cp.bundle.Equal(bundle) {
-		bundle = cp.bundle // one for all
-	}
-	cp.bundle = bundle
-	next := given{uid: pod.UID, leaf: leaf.Raw, until: leaf.NotAfter, bundle: bundle, at: cp.now(), last: cp.now()}
-	if old, ok := cp.given[pod.String()]; ok && old.uid == pod.UID && cp.current(old) && cp.current(next) {
+	now := cp.now()
+	next := given{uid: pod.UID, until: leaf.NotAfter, by: by, at: now, last: now}
+	if old, ok := cp.given[pod.String()]; ok && old.uid == pod.UID && old.by == by {
 		next.at = old.at
 	}
 	cp.given[pod.String()] = next
@@ -46,17 +46,10 @@ func (cp *ControlPlane) note(pod attest.Pod, leaf *x509.Certificate, bundle *x50
 	cp.givenChanged = make(chan struct{})
 }
 
-// current reports whether a pod has what the authority gives now.
-func (cp *ControlPlane) current(g given) bool {
-	if !g.bundle.Equal(cp.authority.Bundle()) {
-		return false
-	}
-	leaf, err := x509.ParseCertificate(g.leaf)
-	return err == nil && cp.authority.Signed(leaf)
+// settled reports whether a pod has what an authority gives, and has had it long enough to use it.
+func (g given) settled(authority string, now time.Time) bool {
+	return g.by == authority && now.Sub(g.at) >= settle
 }
-
-// settled reports whether a pod has what the authority gives now, and has had it long enough to use it.
-func (cp *ControlPlane) settled(g given) bool { return cp.current(g) && cp.now().Sub(g.at) >= settle }
 
 // Behind lists the pods with a sidecar ("namespace/name", sorted) that may not use yet what the authority gives now: neither a certificate
 // that its present key signed, nor its present roots. Those that another replica has served, or an earlier process, are among them until
@@ -75,15 +68,16 @@ func (cp *ControlPlane) behind() (list []string, next time.Duration, changed <-c
 			delete(cp.given, name)
 		}
 	}
+	by := cp.authority.Fingerprint()
 	for _, key := range cp.index.SubjectKeys() {
 		for _, name := range cp.index.SubjectByKey(key).Pods() {
 			p, _ := cp.index.Pod(name)
 			g, known := cp.given[name]
 			switch {
 			case !p.Sidecar:
-			case !known || g.uid != p.UID || !cp.current(g):
+			case !known || g.uid != p.UID || g.by != by:
 				list = append(list, name)
-			case cp.now().Sub(g.at) < settle:
+			case !g.settled(by, cp.now()):
 				list = append(list, name)
 				next = min(next, settle-cp.now().Sub(g.at))
 			}
