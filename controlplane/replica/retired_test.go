@@ -126,3 +126,43 @@ func TestRetiredBroken(t *testing.T) {
 		t.Errorf("the log says nothing of it:\n%s", two.log)
 	}
 }
+
+// TestRetiredUnrecorded: a pod whose old identity cannot be put on record is refused under it all the same, and is given no other certificate until it is.
+func TestRetiredUnrecorded(t *testing.T) {
+	w := newWorld(t)
+	one := w.start()
+	w.admit("db", "api")
+	db := w.run(w.pod("db", "db", "10.64.0.11"), one, 0)
+	first := w.run(w.pod("first", "api", "10.64.0.12"), one, 0)
+	api := w.run(w.pod("api", "api", "10.64.0.13"), one, 0)
+	was := api.svid().ID
+	w.until("the policy is in force", func() bool { return db.admits(one, was, api.addr) && !db.admits(one, db.svid().ID, api.addr) })
+	w.relabel("first", "other") // so that there is a record
+	first.source.Renew()
+	w.until("it is on record", func() bool { return first.svid().ID != was })
+	secrets := w.client.CoreV1().Secrets(names.SystemNamespace)
+	is, err := secrets.Get(t.Context(), names.RetiredSecret, metav1.GetOptions{})
+	w.must(err)
+	is.Immutable = new(true)
+	_, err = secrets.Update(t.Context(), is, metav1.UpdateOptions{})
+	w.must(err)
+
+	w.relabel("api", "other")
+	w.until("the old identity is refused", func() bool { return !db.admits(one, was, api.addr) })
+	serial := api.svid().Certificates[0].SerialNumber
+	api.source.Renew()
+	w.until("the replica says that it cannot", func() bool {
+		return strings.Contains(w.report(one).Retired.Problem, "cannot be put on record: secret mantlet-system/mantlet-retired")
+	})
+	w.until("it has signed nothing", func() bool {
+		return strings.Contains(one.log.String(), `msg="no identity signed" pod=shop/api`) && strings.Contains(one.log.String(), "is not on record")
+	})
+	if now := api.svid(); now.ID != was || now.Certificates[0].SerialNumber.Cmp(serial) != 0 {
+		t.Errorf("the pod is given a certificate of %s", now.ID)
+	}
+	w.must(secrets.Delete(t.Context(), names.RetiredSecret, metav1.DeleteOptions{}))
+	w.until("the pod is given its new identity", func() bool { return api.svid().ID != was })
+	if r := w.report(one).Retired; r.Problem != "" || r.Identities != 2 {
+		t.Errorf("the replica reports %+v", r)
+	}
+}
