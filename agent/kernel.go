@@ -57,7 +57,7 @@ func (l *local) applyNetwork(b []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := l.redirect.SetNode(n.Node); err != nil {
+	if err := l.redirect.SetNode(&n); err != nil {
 		return err
 	}
 	return l.hold.applyNetwork(b)

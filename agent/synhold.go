@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/mantlet/mantlet/agent/netfilter"
 	"github.com/mantlet/mantlet/agent/relay"
 	"github.com/mantlet/mantlet/agent/verdicts"
+	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
 )
 
@@ -40,10 +42,10 @@ type synHold struct {
 	table sync.Mutex // held while the table is looked at or changes hands
 
 	mu      sync.Mutex
-	network *wire.Network // nil: the control plane has not said
-	changed chan struct{} // closed when network is another
-	holder  *hold.Holder  // nil: none is at work
-	why     error         // why none is
+	network *verdict.Network // nil: the control plane has not said
+	changed chan struct{}    // closed when network is another
+	holder  *hold.Holder     // nil: none is at work
+	why     error            // why none is
 }
 
 func newSynHold(cfg hold.Config, asker destinations, v *verdicts.Holder, logger *slog.Logger) *synHold {
@@ -68,12 +70,23 @@ func (s *synHold) applyNetwork(b []byte) error {
 	if err != nil {
 		return err
 	}
+	s.table.Lock() // no Holder is opened or closed meanwhile
+	defer s.table.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	before := s.network
 	s.network = &n
+	if before != nil && s.holder != nil && onlyServicesDiffer(before, &n) && s.holder.SetServices(n.Services) == nil {
+		return nil // what is known of destinations stays
+	}
 	close(s.changed)
 	s.changed = make(chan struct{})
 	return nil
+}
+
+// onlyServicesDiffer reports whether what is known of one network is of use in another.
+func onlyServicesDiffer(a, b *verdict.Network) bool {
+	return slices.Equal(a.Cluster, b.Cluster) && slices.Equal(a.Node, b.Node) && a.NodePortRange() == b.NodePortRange()
 }
 
 // applyVerdicts takes over a mantlet.v1.Verdicts, for all who decide by it. When it returns nil the kernel has what it says of addresses
@@ -169,7 +182,7 @@ func (s *synHold) run(ctx context.Context) error {
 }
 
 // work runs one Holder until ctx ends or the network is another (nil), or it fails.
-func (s *synHold) work(ctx context.Context, n wire.Network, changed <-chan struct{}) error {
+func (s *synHold) work(ctx context.Context, n verdict.Network, changed <-chan struct{}) error {
 	h, err := s.open(n)
 	if err != nil {
 		s.set(nil, err)
@@ -193,11 +206,11 @@ func (s *synHold) work(ctx context.Context, n wire.Network, changed <-chan struc
 	}
 }
 
-func (s *synHold) open(n wire.Network) (*hold.Holder, error) {
+func (s *synHold) open(n verdict.Network) (*hold.Holder, error) {
 	s.table.Lock()
 	defer s.table.Unlock()
 	c := s.cfg
-	c.Cluster, c.Exempt = n.Cluster, n.Node
+	c.Cluster, c.Exempt, c.Services, c.NodePorts = n.Cluster, n.Node, n.Services, n.NodePortRange()
 	if v := s.verdicts.Current(); v != nil {
 		c.External, c.Inbound = v.Verdicts.Egress, v.Verdicts.Ingress
 	}

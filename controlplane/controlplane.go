@@ -28,6 +28,8 @@ type Config struct {
 	Policy policy.Config
 	// ServiceNetwork holds the ranges from which Services get their cluster IPs.
 	ServiceNetwork []netip.Prefix
+	// NodePorts is the API server's --service-node-port-range; zero: verdict.DefaultNodePorts.
+	NodePorts verdict.PortRange
 	// Resumption says whether sidecars resume TLS sessions; zero: they do.
 	Resumption xds.Resumption
 	// SVIDTTL is how long certificates are valid; zero: ca.DefaultTTL.
@@ -40,15 +42,16 @@ type Config struct {
 
 // ControlPlane holds the policy index and keeps the xDS server's sidecars up to date with it. It is safe for concurrent use.
 type ControlPlane struct {
-	policy   policy.Config
-	cluster  []netip.Prefix // where sidecars find each other: pod and service networks
-	sessions xds.Resumption
-	svidTTL  time.Duration
-	now      func() time.Time
-	log      *slog.Logger
-	xds      *server.Server
-	records  Records   // nil: none
-	began    time.Time // the pods that it is loaded with were listed by then
+	policy    policy.Config
+	cluster   []netip.Prefix // where sidecars find each other: pod and service networks
+	nodePorts verdict.PortRange
+	sessions  xds.Resumption
+	svidTTL   time.Duration
+	now       func() time.Time
+	log       *slog.Logger
+	xds       *server.Server
+	records   Records   // nil: none
+	began     time.Time // the pods that it is loaded with were listed by then
 
 	authority *ca.CA // signs for the pods; nil: somebody else does
 
@@ -94,6 +97,9 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 	if c.SVIDTTL == 0 {
 		c.SVIDTTL = ca.DefaultTTL
 	}
+	if c.NodePorts == (verdict.PortRange{}) {
+		c.NodePorts = verdict.DefaultNodePorts
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -102,16 +108,17 @@ func New(c Config, sc server.Config) (*ControlPlane, error) {
 	}
 	c.Policy.ServiceNetwork = c.ServiceNetwork
 	cp := &ControlPlane{
-		policy:   c.Policy,
-		cluster:  slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
-		sessions: c.Resumption,
-		svidTTL:  c.SVIDTTL,
-		now:      c.Now,
-		log:      c.Log,
-		records:  c.Records,
-		began:    c.Now(),
-		index:    policy.NewIndex(c.Policy),
-		given:    map[string]given{}, givenChanged: make(chan struct{}),
+		policy:    c.Policy,
+		cluster:   slices.Concat(c.Policy.PodNetwork, c.ServiceNetwork),
+		nodePorts: c.NodePorts,
+		sessions:  c.Resumption,
+		svidTTL:   c.SVIDTTL,
+		now:       c.Now,
+		log:       c.Log,
+		records:   c.Records,
+		began:     c.Now(),
+		index:     policy.NewIndex(c.Policy),
+		given:     map[string]given{}, givenChanged: make(chan struct{}),
 		hashes:    map[string]policy.Hashes{},
 		rendered:  map[string]*rendered{},
 		packets:   packets{},
@@ -157,7 +164,7 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
 	}
-	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys(), NodePorts: cp.index.NodePorts()}))
+	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys(), Addrs: cp.index.ExternalAddrs(), NodePorts: cp.index.NodePorts()}))
 }
 
 // Apply takes over an object that was created or changed.
@@ -206,6 +213,9 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 	var errs []error
 	stale := map[string]bool{} // on-demand names
 	cp.published = map[string]bool{}
+	if d.External {
+		cp.forgetNetworks()
+	}
 	for _, key := range d.Subjects {
 		errs = append(errs, cp.publishChanged(key, stale))
 	}
@@ -227,16 +237,20 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		errs = append(errs, cp.publishPod(p))
 	}
 	errs = append(errs, cp.publishPackets(d.Packets))
+	if d.External {
+		errs = append(errs, cp.publishAll())
+	}
 	for _, name := range d.Services {
 		cp.demand.collect(stale, serviceKey(name))
 	}
 	for _, a := range d.Addrs {
 		cp.demand.collect(stale, addrKey(a))
+		cp.warnContests(a)
 	}
 	for _, port := range d.NodePorts {
-		if port < names.FirstNodePort || port > names.LastNodePort {
-			cp.log.Error("a node port outside the range that sidecars ask about: over TCP whoever may reach a node reaches its service, past policy; choose another",
-				"port", port, "range", fmt.Sprintf("%d-%d", names.FirstNodePort, names.LastNodePort))
+		if r := cp.nodePorts; port < r.First || port > r.Last {
+			cp.log.Error("a node port outside the range that sidecars ask about: over TCP whoever may reach a node reaches its service, past policy; choose another, or set nodePorts to the API server's range",
+				"port", port, "range", r.String())
 		}
 		cp.demand.collect(stale, nodePortKey(port))
 	}
@@ -368,7 +382,7 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 		return server.Set{}, err
 	}
 	outbound, err := cp.outbound.listener(outboundKey{r.hashes.Egress, node}, func() (*server.Resource, error) {
-		return resource(xds.Outbound(v, cp.cluster, p.NodeIPs))
+		return resource(xds.Outbound(v, cp.network(p.NodeIPs)))
 	})
 	if err != nil {
 		return server.Set{}, err
@@ -393,7 +407,7 @@ func (cp *ControlPlane) forNode(node string, addrs []netip.Addr) (nodeResources,
 	if r.inbound, err = resource(xds.Inbound(addrs, cp.sessions)); err != nil {
 		return r, err
 	}
-	if r.network, err = server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: cp.cluster, Node: addrs})); err != nil {
+	if r.network, err = server.NewResource(names.Network, wire.NetworkMessage(cp.network(addrs))); err != nil {
 		return r, err
 	}
 	cp.nodes[node] = r

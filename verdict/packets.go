@@ -26,7 +26,7 @@ type Packets struct {
 	// (protocol, port) and sorted by protocol and first port.
 	Ingress []PacketBlock `json:"ingress"`
 	Egress  []PacketBlock `json:"egress"`
-	// Services are those that the pod may use, and all that are to be had at nodes' addresses, sorted by protocol, address and port. What the pod sends
+	// Services are those that the pod may use, and all that are to be had at nodes' and external addresses, sorted by protocol, address and port. What the pod sends
 	// to one of them goes to an endpoint, and Egress decides on that; what it sends to any other cluster IP stays what it is, and Egress denies it.
 	Services []PacketService `json:"services,omitempty"`
 }
@@ -45,7 +45,7 @@ type PacketPrefix struct {
 	Allow  bool         `json:"allow,omitempty"`
 }
 
-// PacketService says where what the pod sends to a port of a cluster IP, or to a node port, goes.
+// PacketService says where what the pod sends to a port of a cluster IP or of an external address of a service, or to a node port, goes.
 type PacketService struct {
 	Protocol Protocol       `json:"protocol"` // UDP or SCTP
 	Addr     netip.AddrPort `json:"addr"`

@@ -38,7 +38,10 @@ func envoyBinary(t *testing.T) string {
 // ranges, identities with addresses, prefixes of every length, nothing at all.
 func TestEnvoyTakesWhatIsEmitted(t *testing.T) {
 	node := []netip.Addr{netip.MustParseAddr("10.64.0.1"), netip.MustParseAddr("fd00:10:64::1")}
-	cluster := []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16"), netip.MustParsePrefix("fd00:10:64::/64")}
+	network := &verdict.Network{
+		Cluster: []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16"), netip.MustParsePrefix("fd00:10:64::/64")}, Node: node, NodePorts: verdict.PortRange{First: 8, Last: 60000},
+		Services: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.1:80"), netip.MustParseAddrPort("203.0.113.2:15001"), netip.MustParseAddrPort("[2001:db8::1]:80")},
+	}
 	for name, v := range map[string]*verdict.Verdicts{"rich": rich(), "nothing": {}} {
 		t.Run(name, func(t *testing.T) {
 			sessions := Resume
@@ -51,7 +54,7 @@ func TestEnvoyTakesWhatIsEmitted(t *testing.T) {
 					ApiType: corev3.ApiConfigSource_DELTA_GRPC, TransportApiVersion: corev3.ApiVersion_V3, GrpcServices: []*corev3.GrpcService{agent()}}},
 				BootstrapExtensions: []*corev3.TypedExtensionConfig{{Name: "internal_listener", TypedConfig: pack(&internallistenerv3.InternalListener{})}},
 				StaticResources: &bootstrapv3.Bootstrap_StaticResources{
-					Listeners: []*listenerv3.Listener{Inbound(node, sessions), Outbound(v, cluster, node), Gate(v)},
+					Listeners: []*listenerv3.Listener{Inbound(node, sessions), Outbound(v, network), Gate(v)},
 					Clusters: append(Clusters(), agentCluster(), OnDemand("od|10.64.0.9:80", []Endpoint{
 						{Addr: netip.MustParseAddrPort("10.64.0.9:80"), ID: spiffeid.RequireFromString("spiffe://mantlet.local/ns/a/sa/b/labels/c")},
 						{Addr: netip.MustParseAddrPort("[fd00:10:64::9]:80")},

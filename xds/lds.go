@@ -73,12 +73,18 @@ func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	return l
 }
 
-// Outbound captures what the app sends. Inside the cluster networks, and at ports of the range of node ports wherever they are, each destination is
-// a cluster on demand; for all else outside the egress verdicts by address decide at accept.
+// Outbound captures what the app sends. Inside the cluster networks, at external addresses of services with their ports, and at ports of the range of
+// node ports wherever they are, each destination is a cluster on demand; for all else outside the egress verdicts by address decide at accept.
+//
+// External addresses are known here, with their ports, because no range tells them from others: whoever comes to have one, or ceases to, is an update for
+// every sidecar. At other ports such an address is what it would be otherwise.
 //
 // Which addresses are nodes', and which of their ports are services', the control plane knows when it is asked. So no sidecar is told when a node or a
 // node port comes or goes but those that use it; the price is that a connection to such a port outside the cluster asks too.
-func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *listenerv3.Listener {
+func Outbound(v *verdict.Verdicts, n *verdict.Network) *listenerv3.Listener {
+	balanced := func(otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {
+		return nodePorts(n.NodePortRange(), otherwise)
+	}
 	r := rendering{
 		address: destinationIP(),
 		answer:  byChain(names.ChainPassthrough, names.ChainDeny), deny: chain(names.ChainDeny),
@@ -88,10 +94,10 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 		{netip.MustParsePrefix("127.0.0.0/8"), chain(names.ChainBlackhole), names.ChainBlackhole},
 		{netip.MustParsePrefix("::1/128"), chain(names.ChainBlackhole), names.ChainBlackhole},
 	}
-	for _, p := range cluster {
+	for _, p := range n.Cluster {
 		routes = append(routes, route{p, chain(names.ChainMesh), names.ChainMesh})
 	}
-	for _, a := range node {
+	for _, a := range n.Node {
 		routes = append(routes, route{netip.PrefixFrom(a, a.BitLen()), balanced(chain(names.ChainNode)), names.ChainNode})
 	}
 	l := capturing(names.Outbound, names.OutboundPort)
@@ -100,8 +106,9 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	l.AccessLog = accessLog(names.LogOutbound)
 	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
 	// and again, for ever. The price: port 15001 of the outside cannot be reached.
-	l.FilterChainMatcher = exact(destinationPort(), map[string]*matcherv3.Matcher_OnMatch{strconv.Itoa(names.OutboundPort): chain(names.ChainBlackhole)},
-		then(trie(destinationIP(), routes, balanced(r.table(&v.Egress)))))
+	ports := external(n.Services)
+	ports[strconv.Itoa(names.OutboundPort)] = chain(names.ChainBlackhole)
+	l.FilterChainMatcher = exact(destinationPort(), ports, then(trie(destinationIP(), routes, balanced(r.table(&v.Egress)))))
 	l.FilterChains = []*listenerv3.FilterChain{
 		{Name: names.ChainBlackhole, Filters: []*listenerv3.Filter{tcpProxy("blackhole", names.ClusterDeny)}},
 		{Name: names.ChainDeny, Filters: []*listenerv3.Filter{tcpProxy("deny", names.ClusterDeny)}},
@@ -112,12 +119,25 @@ func Outbound(v *verdict.Verdicts, cluster []netip.Prefix, node []netip.Addr) *l
 	return l
 }
 
-// balanced takes connections to node ports out: behind those a node balances, so that they are destinations like cluster IPs, and policy speaks of
+// external leads to the services at external addresses, by port. An address that is not listed under a port falls to what comes after the map of ports.
+func external(services []netip.AddrPort) map[string]*matcherv3.Matcher_OnMatch {
+	at := map[uint16][]route{}
+	for _, s := range services {
+		at[s.Port()] = append(at[s.Port()], route{netip.PrefixFrom(s.Addr(), s.Addr().BitLen()), chain(names.ChainMesh), names.ChainMesh})
+	}
+	out := make(map[string]*matcherv3.Matcher_OnMatch, len(at)+1)
+	for port, routes := range at {
+		out[strconv.Itoa(int(port))] = then(trie(destinationIP(), routes, nil))
+	}
+	return out
+}
+
+// nodePorts takes connections to node ports out: behind those a node balances, so that they are destinations like cluster IPs, and policy speaks of
 // their endpoints. If the node did it the endpoint would see the node's address, which it always admits if it is on that node.
-func balanced(otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {
+func nodePorts(ports verdict.PortRange, otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {
 	return then(&matcherv3.Matcher{
 		MatcherType: &matcherv3.Matcher_MatcherList_{MatcherList: &matcherv3.Matcher_MatcherList{Matchers: []*matcherv3.Matcher_MatcherList_FieldMatcher{{
-			Predicate: portIn([]verdict.PortRange{{First: names.FirstNodePort, Last: names.LastNodePort}}),
+			Predicate: portIn([]verdict.PortRange{ports}),
 			OnMatch:   chain(names.ChainMesh),
 		}}}},
 		OnNoMatch: otherwise,

@@ -25,9 +25,13 @@ type Asker interface {
 
 // Config says what is held and how much. Start from [Defaults].
 type Config struct {
-	// Cluster are the prefixes whose destinations are asked about: pods and Services. Everything else is external, but for the range of node ports,
-	// which are asked about wherever they are.
+	// Cluster are the prefixes whose destinations are asked about: pods and Services. Everything else is external, but for
+	// Services, and NodePorts at every address.
 	Cluster []netip.Prefix
+	// Services are external addresses of Services, with their ports; see Holder.SetServices.
+	Services []netip.AddrPort
+	// NodePorts is the range of node ports.
+	NodePorts verdict.PortRange
 	// Exempt are addresses whose other ports need no question: the pod's own node.
 	Exempt []netip.Addr
 	// External and Inbound are the pod's egress and ingress tables: their anonymous peers admit destinations, and sources, outside Cluster.
@@ -64,7 +68,7 @@ type Refusal struct {
 // Defaults is the configuration for a pod of a cluster with these prefixes. It exempts no user.
 func Defaults(cluster ...netip.Prefix) Config {
 	return Config{
-		Cluster: cluster, ProxyMark: names.ProxyMark, Group: 15001,
+		Cluster: cluster, NodePorts: verdict.DefaultNodePorts, ProxyMark: names.ProxyMark, Group: 15001,
 		Rate: 1024, Patience: 2 * time.Second, MaxQuestions: 512, MaxHeld: 2048, MaxAllowed: 1024, MaxDenied: 2048, MaxOutside: 20_000,
 		Idle: 5 * time.Minute, ErrorTTL: 2 * time.Second,
 	}
@@ -74,6 +78,8 @@ func (c Config) check() error {
 	switch {
 	case len(c.Cluster) == 0:
 		return errors.New("hold: no cluster prefixes: every connection inside the cluster would be taken for an external one; name them")
+	case c.NodePorts.First == 0 || c.NodePorts.First > c.NodePorts.Last:
+		return fmt.Errorf("hold: node ports %s are no range; start from Defaults", c.NodePorts)
 	case c.ProxyMark == 0 || c.ProxyMark == Mark:
 		return fmt.Errorf("hold: mark %#x is not one that only the agent has; choose another", c.ProxyMark)
 	case c.Rate == 0 || c.MaxQuestions < 1 || c.MaxHeld < 1 || c.MaxAllowed < 1 || c.MaxDenied < 1:

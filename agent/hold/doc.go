@@ -5,7 +5,7 @@
 //	                │
 //	  not TCP, no SYN, the proxy, the agent, lo, the node's other ports ─► on
 //	                │
-//	  outside the cluster's prefixes, no node port: admitted by an ipBlock? ─► on      else reset
+//	  outside the cluster's prefixes, no service, no node port: admitted by an ipBlock? ─► on      else reset
 //	                │
 //	  in denied4/6  ─► reset
 //	  in allowed4/6 ─► on (and noted in used4/6)
@@ -41,8 +41,8 @@
 //
 // # Outside the cluster
 //
-// Addresses outside the cluster's prefixes need no question, but for ports of the range of node ports: whether an address is a node's, and the port a
-// service's, only the control plane knows. For all others what the pod's tables say of peers without an identity is written as interval
+// Addresses outside the cluster's prefixes need no question, but for external addresses of services, with their ports, which the Holder is told of, and
+// ports of the range of node ports: whether an address is a node's, and the port a service's, only the control plane knows. For all others what the pod's tables say of peers without an identity is written as interval
 // sets, one pair for each group of ports. 10,000 prefixes are replaced in 0.2 s; with more than MaxOutside, or more than the system's send
 // buffer takes (net.core.wmem_max, in user namespaces), that direction is left to Envoy: connect() then succeeds and the connection is closed.
 //

@@ -372,6 +372,16 @@ func plain(d netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(d.Addr().Unmap().WithZone(""), d.Port())
 }
 
+// SetServices says which external addresses of Services there are now, with their ports: destinations there are asked about, whosever the addresses
+// are. When it returns nil the kernel has them.
+func (h *Holder) SetServices(services []netip.AddrPort) error {
+	err := h.shape.serve(services)
+	if err != nil {
+		h.fail(err)
+	}
+	return err
+}
+
 // SetExternal puts the verdicts of an egress table on destinations outside the cluster in force.
 func (h *Holder) SetExternal(egress verdict.Table) error { return h.outside(0, &egress) }
 

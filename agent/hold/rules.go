@@ -48,11 +48,8 @@ func familyOf(a netip.Addr) int {
 	return 1
 }
 
-// nodePorts are asked about wherever they are: at which addresses they are services' the control plane knows.
-var nodePorts = verdict.PortRange{First: names.FirstNodePort, Last: names.LastNodePort}
-
-// sets are the sets of one family that speak of destinations inside the cluster.
-type sets struct{ allowed, denied, used *nftables.Set }
+// sets are the sets of one family that speak of destinations inside the cluster, and services those that are so wherever they are.
+type sets struct{ allowed, denied, used, services *nftables.Set }
 
 // newSets names the sets. The agent writes allowed and denied and bounds them (a size would make the kernel allocate for it in advance);
 // the kernel writes used.
@@ -65,6 +62,8 @@ func newSets(c Config) (s [2]sets) {
 			return &nftables.Set{Table: table(), Name: name + f.name, ID: id, KeyType: key, Concatenation: true, HasTimeout: true, Timeout: ttl}
 		}
 		s[i] = sets{allowed: set("allowed", ttl(true, c.Idle)), denied: set("denied", ttl(false, c.Idle)), used: set("used", c.Idle)}
+		id++
+		s[i].services = &nftables.Set{Table: table(), Name: "services" + f.name, ID: id, KeyType: key, Concatenation: true}
 		s[i].used.Dynamic, s[i].used.Size = true, uint32(c.MaxAllowed)
 	}
 	return s
@@ -80,6 +79,7 @@ func newSets(c Config) (s [2]sets) {
 //		oifname "lo" accept
 //		tcp dport 15001 goto refuse   # Envoy's own port: nobody gets anywhere from there
 //		meta nfproto ipv4 tcp dport 30000-32767 goto cluster4
+//		meta nfproto ipv4 ip daddr . tcp dport @services4 goto cluster4
 //		ip daddr 192.0.2.10 accept
 //		ip daddr 10.0.0.0/8 goto cluster4
 //		goto external
@@ -126,7 +126,7 @@ func chains(c Config, s [2]sets, holding bool) []netfilter.Chain {
 	for i, f := range families {
 		cluster = append(cluster, f.held(c, s[i], holding))
 		if len(c.Cluster) > 0 { // else all is to be refused, without a question
-			output.Rules = append(output.Rules, rule(f.is(), toPorts(nodePorts), jump(cluster[i].Chain)))
+			output.Rules = append(output.Rules, rule(f.is(), toPorts(c.NodePorts), jump(cluster[i].Chain)), rule(f.is(), f.in(s[i].services), jump(cluster[i].Chain)))
 		}
 	}
 	for _, a := range c.Exempt {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -52,7 +53,7 @@ func newShape(c Config, s [2]sets, logger *slog.Logger) (*shape, error) {
 // Shut writes the table so that all of the app's connections are refused, and all from outside: for the time before a Holder can be opened. Of
 // the configuration only ProxyMark and Users count.
 func Shut(c Config) error {
-	c.Cluster, c.Exempt, c.External, c.Inbound = nil, nil, verdict.Table{}, verdict.Table{}
+	c.Cluster, c.Exempt, c.Services, c.External, c.Inbound = nil, nil, nil, verdict.Table{}, verdict.Table{}
 	s, err := newShape(c, newSets(c), slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
@@ -94,11 +95,14 @@ func (s *shape) writeAll() error {
 	s.conn.DelTable(table())
 	s.conn.AddTable(table())
 	for _, f := range s.sets {
-		for _, set := range []*nftables.Set{f.allowed, f.denied, f.used} {
+		for _, set := range []*nftables.Set{f.allowed, f.denied, f.used, f.services} {
 			if err := s.conn.AddSet(set, nil); err != nil {
 				return fmt.Errorf("set %s: %w", set.Name, err)
 			}
 		}
+	}
+	if err := s.eachServices(s.conn.SetAddElements, s.cfg.Services); err != nil {
+		return err
 	}
 	for i := range s.sides {
 		if err := addSets(s.conn, s.sides[i].judging.sets); err != nil {
@@ -168,6 +172,52 @@ func (s *shape) replace(i int, t *verdict.Table) error {
 	return nil
 }
 
+// serve puts other external addresses of services in force. Those that stay are not touched, so that a packet finds them at any time.
+func (s *shape) serve(services []netip.AddrPort) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := map[netip.AddrPort]bool{}
+	for _, a := range s.cfg.Services {
+		before[a] = true
+	}
+	var come, gone []netip.AddrPort
+	for _, a := range services {
+		if !before[a] {
+			come = append(come, a)
+		}
+		delete(before, a)
+	}
+	for a := range before {
+		gone = append(gone, a)
+	}
+	if len(come)+len(gone) == 0 {
+		return nil
+	}
+	if err := errors.Join(s.eachServices(s.conn.SetAddElements, come), s.eachServices(s.conn.SetDeleteElements, gone)); err != nil {
+		return err
+	}
+	if err := s.conn.Flush(); err != nil {
+		return fmt.Errorf("hold: write %d and delete %d external addresses of services: %w", len(come), len(gone), err)
+	}
+	s.cfg.Services = slices.Clone(services)
+	return nil
+}
+
+// eachServices puts elements of the sets of external addresses into the transaction, each into that of its family.
+func (s *shape) eachServices(with func(*nftables.Set, []nftables.SetElement) error, services []netip.AddrPort) error {
+	var elements [2][]nftables.SetElement
+	for _, a := range services {
+		f := familyOf(a.Addr())
+		elements[f] = append(elements[f], nftables.SetElement{Key: key(a)})
+	}
+	for f := range elements {
+		if err := inMessages(with, s.sets[f].services, elements[f]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // lead adds chains and sets and has the first chain, which is there already, lead to them.
 func (s *shape) lead(j judging) error {
 	if err := addSets(s.conn, j.sets); err != nil {
@@ -207,7 +257,7 @@ func (s *shape) check() error {
 	defer s.mu.Unlock()
 	l := netfilter.Layout{Table: TableName, Chains: s.chains()}
 	for _, f := range s.sets {
-		l.Sets = append(l.Sets, f.allowed.Name, f.denied.Name, f.used.Name)
+		l.Sets = append(l.Sets, f.allowed.Name, f.denied.Name, f.used.Name, f.services.Name)
 	}
 	for i := range s.sides {
 		for _, set := range s.sides[i].judging.sets {

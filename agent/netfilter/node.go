@@ -9,31 +9,40 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
+	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds/names"
 )
 
 // SetNode says what the addresses of the pod's own node are now. What comes from them is not redirected any more, so that the node sees
 // what the app does: a probe of a closed port is refused, as without a sidecar. Until it is called everything is redirected.
 //
+// Of a network only that counts, with the services at the node's own addresses, and the range of node ports; see passOwnNode.
+//
 // Connections that were not redirected, and come from no address of the node now, are forgotten by conntrack: their next packet is redirected,
 // and they are reset. On error the table is as it was, or such connections may go on.
-func (r *Redirect) SetNode(addrs []netip.Addr) error {
-	node := make([]netip.Addr, 0, len(addrs))
-	for _, a := range addrs {
+func (r *Redirect) SetNode(n *verdict.Network) error {
+	node := make([]netip.Addr, 0, len(n.Node))
+	for _, a := range n.Node {
 		node = append(node, a.Unmap())
 	}
 	slices.SortFunc(node, netip.Addr.Compare)
 	node = slices.Compact(node)
+	var services []netip.AddrPort
+	for _, s := range n.Services {
+		if slices.Contains(node, s.Addr()) {
+			services = append(services, s)
+		}
+	}
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	before := r.cfg.Node
-	if r.judged && slices.Equal(node, before) {
+	was, before := r.cfg, r.cfg.Node
+	r.cfg.Node, r.cfg.Services, r.cfg.NodePorts = node, services, n.NodePortRange()
+	if r.judged && slices.Equal(node, before) && slices.Equal(services, was.Services) && r.cfg.NodePorts == was.NodePorts {
 		return nil
 	}
-	r.cfg.Node = node
 	if err := r.write(); err != nil {
-		r.cfg.Node = before
+		r.cfg = was
 		return err
 	}
 	// A table of an agent before this one may have let other addresses pass.
@@ -41,9 +50,9 @@ func (r *Redirect) SetNode(addrs []netip.Addr) error {
 		return nil
 	}
 	r.judged = false
-	n, err := forgetFormerNode(node)
-	if n > 0 {
-		r.logger.Info("redirect: ended connections that came past it from addresses that are not the node's any more", "connections", n)
+	forgotten, err := forgetFormerNode(node)
+	if forgotten > 0 {
+		r.logger.Info("redirect: ended connections that came past it from addresses that are not the node's any more", "connections", forgotten)
 	}
 	if err != nil {
 		return fmt.Errorf("redirect: forget connections from former addresses of the node: %w", err)
@@ -55,10 +64,11 @@ func (r *Redirect) SetNode(addrs []netip.Addr) error {
 // passOwnNode leaves TCP from an address of the own node as it is, but for
 //
 //   - the capture ports, which nobody reaches but by redirect;
-//   - what comes from a port of the range of node ports. An entry that such a packet begins would let the app's packets to that node port pass
-//     as its replies, a SYN too (RFC 9293 3.5, simultaneous open): not redirected, past the egress verdicts on what is behind the node port. Whoever can
-//     forge the node's address could begin one for a confined app. Clients have their ports above that range (net.ipv4.ip_local_port_range).
-func passOwnNode(a netip.Addr) []expr.Any {
+//   - what comes from a port of the range of node ports, or of a service that has the node's address for an external one. An entry that such a packet
+//     begins would let the app's packets to that port pass as its replies, a SYN too (RFC 9293 3.5, simultaneous open): not redirected, past the egress
+//     verdicts on what is behind the port. Whoever can forge the node's address could begin one for a confined app. Clients have their ports above the
+//     range of node ports (net.ipv4.ip_local_port_range).
+func (c Config) passOwnNode(a netip.Addr) []expr.Any {
 	family, offset := byte(unix.NFPROTO_IPV4), uint32(12)
 	if a.Is6() {
 		family, offset = unix.NFPROTO_IPV6, 8
@@ -72,10 +82,28 @@ func passOwnNode(a netip.Addr) []expr.Any {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(a.BitLen() / 8)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
-		&expr.Range{Op: expr.CmpOpNeq, Register: 1, FromData: port(names.FirstNodePort), ToData: port(names.LastNodePort)},
+		&expr.Range{Op: expr.CmpOpNeq, Register: 1, FromData: port(c.NodePorts.First), ToData: port(c.NodePorts.Last)},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: port(names.InboundPort)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: port(names.OutboundPort)},
 		&expr.Verdict{Kind: expr.VerdictReturn},
+	}
+}
+
+// balanced matches TCP that says it comes from a service at an address of the own node.
+func balanced(s netip.AddrPort) []expr.Any {
+	family, offset := byte(unix.NFPROTO_IPV4), uint32(12)
+	if s.Addr().Is6() {
+		family, offset = unix.NFPROTO_IPV6, 8
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{family}},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(s.Addr().BitLen() / 8)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: s.Addr().AsSlice()},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.BigEndian.PutUint16(s.Port())},
 	}
 }

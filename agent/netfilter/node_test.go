@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/podtest"
+	"github.com/mantlet/mantlet/verdict"
 )
 
 var (
@@ -54,7 +55,7 @@ func from(t *testing.T, outside *podtest.Outside, source netip.Addr, sourcePort 
 
 func setNode(t *testing.T, r *Redirect, addrs ...netip.Addr) {
 	t.Helper()
-	if err := r.SetNode(addrs); err != nil {
+	if err := r.SetNode(&verdict.Network{Node: addrs}); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.Check(); err != nil {

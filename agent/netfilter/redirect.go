@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/nftables"
 
+	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/xds/names"
 	"github.com/mantlet/mantlet/xds/proxyuser"
 )
@@ -25,6 +26,9 @@ type Config struct {
 	Users []proxyuser.User
 	// Node are addresses of the pod's own node, from which TCP is not redirected; see SetNode.
 	Node []netip.Addr
+	// Services are those at the node's addresses, and NodePorts the range of its node ports: what comes from there is redirected all the same.
+	Services  []netip.AddrPort
+	NodePorts verdict.PortRange
 	// Marked are users whose packets get Mark, so that whoever exempts the mark exempts them: for agents that may not set it.
 	Marked []proxyuser.User
 }
@@ -45,7 +49,7 @@ func ByNode(u proxyuser.User) Config {
 
 // ByMark is the configuration for an Envoy whose sockets carry names.ProxyMark.
 func ByMark() Config {
-	return Config{InboundPort: names.InboundPort, OutboundPort: names.OutboundPort, Mark: names.ProxyMark}
+	return Config{InboundPort: names.InboundPort, OutboundPort: names.OutboundPort, Mark: names.ProxyMark, NodePorts: verdict.DefaultNodePorts}
 }
 
 // Redirect is the table of one pod. Its methods work in the network namespace of the thread that calls the first of them.

@@ -28,6 +28,7 @@ func table() *nftables.Table {
 //	}
 //	chain prerouting { type nat hook prerouting priority -100; policy accept;
 //		iifname "lo" return
+//		ip saddr 192.0.2.10 tcp sport 443 redirect to :15006   # each service at such an address
 //		ip saddr 192.0.2.10 tcp sport != 30000-32767 tcp dport != 15006 tcp dport != 15001 return   # each address of the own node
 //		meta l4proto tcp redirect to :15006
 //	}
@@ -49,8 +50,11 @@ func (c Config) chains() []Chain {
 	}
 	// What came through lo went through output, and NAT decides once for each connection. This says so to whoever reads the table.
 	direct := [][]expr.Any{returnIf(expr.MetaKeyIIFNAME, interfaceName("lo"))}
+	for _, s := range c.Services {
+		direct = append(direct, append(balanced(s), redirectTCP(c.InboundPort)...))
+	}
 	for _, a := range c.Node {
-		direct = append(direct, passOwnNode(a))
+		direct = append(direct, c.passOwnNode(a))
 	}
 	return []Chain{
 		{rememberChain(), append(remember, forgetReset())},

@@ -154,7 +154,9 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 		return Answer{Allowed: true, Always: true, Reason: verdict.Reason{Text: "a pod always reaches itself"}}, true
 	case dst == nil && src.sidecar && x.services.owner(addr) != nil: // as an endpoint it would be balanced once more, past all policy
 		return Answer{Reason: verdict.Reason{Text: addr.String() + " is the address of a service, behind which no other one can be"}}, true
-	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // so would this, and come from a node, which is admitted everywhere on it
+	case dst == nil && src.sidecar && x.externalAt(proto, addr, to.Port()) != nil: // so would this, and come from a node, which is admitted everywhere on it
+		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's external address, behind which no other one can be", to)}}, true
+	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // the same
 		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}, true
 	case !sourceAddr(src, addr).IsValid():
 		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}, false

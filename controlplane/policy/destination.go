@@ -37,14 +37,16 @@ type Destination struct {
 	Local bool
 	// Outside says that the address is no pod's, no service's and not that of the client's node: Endpoints has it as it is, and ipBlocks judge it.
 	Outside bool
+	// Sources are the ranges from which alone clients may come, if not empty: spec.loadBalancerSourceRanges, at an address of the load balancer. See Admitted.
+	Sources []netip.Prefix
 	// Sticky says that all connections of a client go to one and the same endpoint (sessionAffinity: ClientIP); see Admitted.
 	Sticky bool
 
 	own bool // where the client is has a part in it, or could have had
 }
 
-// Destination looks up a service's cluster IP and port, or a pod's address with any port, for nobody in particular: nodes and zones
-// make no difference. It returns false for an address that is neither, and for a port that the service does not have.
+// Destination looks up a service's cluster IP and port, a pod's address with any port, or a service's external address and port, for nobody in
+// particular: nodes and zones make no difference. It returns false for an address that is none of these, and for a port that the service does not have.
 func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
 	return x.destination(proto, to, anywhereInCluster)
 }
@@ -102,6 +104,9 @@ func (x *Index) destination(proto verdict.Protocol, to netip.AddrPort, from plac
 	if x.owner(addr) != nil {
 		return Destination{Protocol: proto, Endpoints: []Endpoint{x.endpoint(netip.AddrPortFrom(addr, to.Port()))}}, true
 	}
+	if c := x.externalAt(proto, addr, to.Port()); c != nil {
+		return x.behindExternal(c, proto, to, from)
+	}
 	return Destination{}, false
 }
 
@@ -117,6 +122,12 @@ func (x *Index) Admitted(client string, d Destination) []Endpoint {
 // admitted is Admitted. own says that something of the client alone has a part in it, beside its subject.
 func (x *Index) admitted(client string, d Destination) (out []Endpoint, own bool) {
 	out = make([]Endpoint, 0, len(d.Endpoints))
+	if len(d.Sources) > 0 {
+		own = true
+		if !x.comesFrom(client, d) {
+			return out, own
+		}
+	}
 	for _, e := range d.Endpoints {
 		a, alone := x.admits(client, d.Protocol, e.Addr)
 		own = own || alone
@@ -129,6 +140,12 @@ func (x *Index) admitted(client string, d Destination) (out []Endpoint, own bool
 		return []Endpoint{stick(sourceAddr(p, out[0].Addr.Addr()), out)}, true
 	}
 	return out, own
+}
+
+// comesFrom reports whether a client's address is of the ranges from which clients may come.
+func (x *Index) comesFrom(client string, d Destination) bool {
+	p := x.pods[client]
+	return p != nil && slices.ContainsFunc(d.Sources, func(n netip.Prefix) bool { return slices.ContainsFunc(p.ips, n.Contains) })
 }
 
 // stick chooses by rendezvous hashing: the endpoint of which the hash with the client's address is the greatest. The port is
@@ -149,18 +166,17 @@ func stick(client netip.Addr, endpoints []Endpoint) Endpoint {
 
 // ServicePort is one port of a service as one pod may use it.
 type ServicePort struct {
-	Addr      netip.AddrPort   // cluster IP and port, or an address of a node and a node port
+	Addr      netip.AddrPort   // cluster IP or external address and port, or an address of a node and a node port
 	Endpoints []netip.AddrPort // where to send it, any of them; sorted. Empty: nowhere
-	AtNode    bool             // Addr is a node's
+	External  bool             // Addr is no cluster IP, so that nothing closes it beside this
 }
 
 // ServicePorts lists what a client pod ("namespace/name") may use of the services' ports of a protocol, sorted by address: for
 // protocols that no sidecar balances. It rests on all services, all pods and the policies of both ends.
 func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePort {
 	var out []ServicePort
-	add := func(at netip.AddrPort) {
-		sp := ServicePort{Addr: at}
-		for _, e := range x.Reach(client, proto, at).Endpoints {
+	add := func(sp ServicePort) {
+		for _, e := range x.Reach(client, proto, sp.Addr).Endpoints {
 			sp.Endpoints = append(sp.Endpoints, e.Addr)
 		}
 		out = append(out, sp)
@@ -172,7 +188,14 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 			}
 			for _, p := range v.ports {
 				if p.protocol == proto {
-					add(netip.AddrPortFrom(addr, p.number))
+					add(ServicePort{Addr: netip.AddrPortFrom(addr, p.number)})
+				}
+			}
+		}
+		for _, e := range v.external {
+			for _, p := range v.ports {
+				if c := x.externalAt(proto, e.addr, p.number); p.protocol == proto && c != nil && c.service == v {
+					add(ServicePort{Addr: netip.AddrPortFrom(e.addr, p.number), External: true})
 				}
 			}
 		}

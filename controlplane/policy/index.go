@@ -142,6 +142,8 @@ type Delta struct {
 	Addrs []netip.Addr
 	// NodePorts (of any protocol) came to be services', or ceased to, or their service changed.
 	NodePorts []uint16
+	// External says that External lists others than before.
+	External bool
 	// Packets are the pods ("namespace/name") whose packet policy has to be compiled anew; some may turn out the same.
 	Packets []string
 	// Gone are the keys of subjects that no pod has any more.
@@ -150,7 +152,7 @@ type Delta struct {
 
 // Merge is what several changes in a row touched.
 func Merge(deltas []Delta) Delta {
-	c := newChange()
+	c, external := newChange(), false
 	for _, d := range deltas {
 		for _, k := range d.Subjects {
 			c.subjects[k] = true
@@ -170,11 +172,14 @@ func Merge(deltas []Delta) Delta {
 		for _, k := range d.Packets {
 			c.packets[k] = true
 		}
+		external = external || d.External
 		for _, k := range d.Gone {
 			c.gone[k] = true
 		}
 	}
-	return c.delta()
+	out := c.delta()
+	out.External = external
+	return out
 }
 
 // change collects a Delta.
@@ -182,18 +187,21 @@ type change struct {
 	subjects, pods, services, packets, gone map[string]bool
 	addrs                                   map[netip.Addr]bool // of nodes and services
 	nodePorts                               map[uint16]bool
-	nodesMoved                              bool // some addresses of nodes are others
+	external                                map[netip.AddrPort]bool // came to be services', or ceased to, over TCP
+	claimed                                 map[netip.Addr]bool     // that pods came to claim, or ceased to
+	nodesMoved                              bool                    // some addresses of nodes are others
 }
 
 func newChange() *change {
 	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}, gone: map[string]bool{},
-		addrs: map[netip.Addr]bool{}, nodePorts: map[uint16]bool{}}
+		addrs: map[netip.Addr]bool{}, nodePorts: map[uint16]bool{}, external: map[netip.AddrPort]bool{}, claimed: map[netip.Addr]bool{}}
 }
 
 func (c *change) delta() Delta {
 	return Delta{
 		Subjects: sortedKeys(c.subjects), Pods: sortedKeys(c.pods), Services: sortedKeys(c.services), Packets: sortedKeys(c.packets), Gone: sortedKeys(c.gone),
 		Addrs: slices.SortedFunc(maps.Keys(c.addrs), netip.Addr.Compare), NodePorts: slices.Sorted(maps.Keys(c.nodePorts)),
+		External: len(c.external) > 0,
 	}
 }
 

@@ -88,13 +88,13 @@ func (x *Index) nodeAt(a netip.Addr, client *pod) (name string, ok bool) {
 // isNodePort reports whether a node has an address at which a port is a service's.
 func (x *Index) isNodePort(client *pod, proto verdict.Protocol, a netip.Addr, port uint16) bool {
 	_, ok := x.nodeAt(a, client)
-	return ok && len(x.services.onNode[nodePort{proto, port}]) > 0
+	return ok && len(x.services.onNode[portKey{proto, port}]) > 0
 }
 
 // atNodePort is the service that a port of a node stands for. internalTrafficPolicy is about the cluster IP. With externalTrafficPolicy Local a node
 // has its own endpoints alone, also for clients inside the cluster (core/v1 ServiceSpec says so of node ports, and not of other addresses).
 func (x *Index) atNodePort(proto verdict.Protocol, to netip.AddrPort, node string, from place) (Destination, bool) {
-	v := newest(x.services.onNode[nodePort{proto, to.Port()}])
+	v := newest(x.services.onNode[portKey{proto, to.Port()}])
 	if v == nil {
 		return Destination{}, false
 	}
@@ -136,6 +136,9 @@ func (x *Index) nodePortsFor(p *pod, proto verdict.Protocol) (out []ServicePort)
 				continue // a pod's, or a service's, whatever a node says
 			}
 			to := netip.AddrPortFrom(a, at.number)
+			if x.externalAt(proto, a, at.number) != nil {
+				continue // listed as that
+			}
 			k := answer{v4: a.Is4()}
 			if local {
 				k.node, _ = x.nodeAt(a, p)
@@ -148,7 +151,7 @@ func (x *Index) nodePortsFor(p *pod, proto verdict.Protocol) (out []ServicePort)
 				}
 				known[k] = endpoints
 			}
-			out = append(out, ServicePort{Addr: to, Endpoints: endpoints, AtNode: true})
+			out = append(out, ServicePort{Addr: to, Endpoints: endpoints, External: true})
 		}
 	}
 	return out

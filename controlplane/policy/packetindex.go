@@ -126,7 +126,7 @@ func (x *Index) touchPackets(c *change) {
 		}
 	}
 	services, all := x.noteServing(c)
-	if services || x.nodePortsMoved(c) || x.endpointsTouched(c) {
+	if services || x.nodePortsMoved(c) || len(c.claimed) > 0 || x.endpointsTouched(c) {
 		for name := range x.pods {
 			c.packets[name] = true
 		}

@@ -58,7 +58,7 @@ func (x *Index) packetServices(p *pod) []verdict.PacketService {
 	}
 	for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {
 		for _, sp := range x.ServicePorts(p.key, proto) {
-			if len(sp.Endpoints) > 0 || sp.AtNode { // a node is not closed as a whole, as the service network is
+			if len(sp.Endpoints) > 0 || sp.External { // else what has the address would be reached
 				out = append(out, verdict.PacketService{Protocol: proto, Addr: sp.Addr, Endpoints: sp.Endpoints})
 			}
 		}

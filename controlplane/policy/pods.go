@@ -206,6 +206,9 @@ func (x *Index) removePod(key string, c *change) {
 // gone: see owner.
 func (x *Index) claim(p *pod, c *change) {
 	for _, a := range p.ips {
+		if x.services.external.claims[a] != nil {
+			c.claimed[a] = true
+		}
 		if len(x.claims[a]) == 0 {
 			x.claims[a] = []*pod{p}
 			if !x.inPodNetwork(a) {
@@ -221,6 +224,9 @@ func (x *Index) claim(p *pod, c *change) {
 
 func (x *Index) disclaim(p *pod, c *change) {
 	for _, a := range p.ips {
+		if x.services.external.claims[a] != nil {
+			c.claimed[a] = true
+		}
 		before := x.owner(a)
 		rest := slices.DeleteFunc(slices.Clone(x.claims[a]), func(q *pod) bool { return q == p })
 		if len(rest) == 0 {

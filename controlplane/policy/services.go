@@ -15,15 +15,20 @@ import (
 type services struct {
 	byKey  map[string]*service // by "namespace/name"
 	claims map[netip.Addr][]*service
-	onNode map[nodePort][]*service
-	slices map[string]*service // by "namespace/name" of an EndpointSlice: the service that it belongs to
+	onNode map[portKey][]*service
+	// external are addresses beyond cluster IPs and nodes.
+	external externals
+	slices   map[string]*service // by "namespace/name" of an EndpointSlice: the service that it belongs to
 }
 
 type service struct {
-	key    string
-	since  time.Time    // creation of the Service object
-	addrs  []netip.Addr // cluster IPs; none for headless and ExternalName services
-	ports  []servicePort
+	key   string
+	since time.Time    // creation of the Service object
+	addrs []netip.Addr // cluster IPs; none for headless and ExternalName services
+	ports []servicePort
+
+	external []externalAddr
+
 	slices map[string]*discoveryv1.EndpointSlice
 
 	sticky      bool // sessionAffinity: ClientIP
@@ -38,13 +43,14 @@ type servicePort struct {
 	onNode   uint16 // the port at which it is to be had at every node's own addresses; 0: none
 }
 
-type nodePort struct {
+type portKey struct {
 	protocol verdict.Protocol
 	number   uint16
 }
 
 func newServices() services {
-	return services{byKey: map[string]*service{}, claims: map[netip.Addr][]*service{}, onNode: map[nodePort][]*service{}, slices: map[string]*service{}}
+	return services{byKey: map[string]*service{}, claims: map[netip.Addr][]*service{}, onNode: map[portKey][]*service{},
+		external: externals{claims: map[netip.Addr]map[portKey][]claim{}}, slices: map[string]*service{}}
 }
 
 func (s *services) get(key string) *service {
@@ -84,16 +90,19 @@ func (s *services) set(o *corev1.Service, c *change) {
 		sp := servicePort{name: p.Name, protocol: proto, number: uint16(p.Port)}
 		if t := o.Spec.Type; (t == corev1.ServiceTypeNodePort || t == corev1.ServiceTypeLoadBalancer) && p.NodePort > 0 && p.NodePort < 65536 {
 			sp.onNode = uint16(p.NodePort)
-			at := nodePort{proto, sp.onNode}
+			at := portKey{proto, sp.onNode}
 			s.onNode[at] = append(s.onNode[at], v)
 			c.nodePorts[sp.onNode] = true
 		}
 		v.ports = append(v.ports, sp)
 	}
+	v.external = externalAddrs(o, v)
+	s.claimExternal(v, c)
 	c.services[v.key] = true
 }
 
 func (s *services) unmap(v *service, c *change) {
+	s.disclaimExternal(v, c)
 	for _, a := range v.addrs {
 		c.addrs[a] = true
 		s.claims[a] = slices.DeleteFunc(slices.Clone(s.claims[a]), func(o *service) bool { return o == v })
@@ -106,7 +115,7 @@ func (s *services) unmap(v *service, c *change) {
 			continue
 		}
 		c.nodePorts[p.onNode] = true
-		at := nodePort{p.protocol, p.onNode}
+		at := portKey{p.protocol, p.onNode}
 		s.onNode[at] = slices.DeleteFunc(slices.Clone(s.onNode[at]), func(o *service) bool { return o == v })
 		if len(s.onNode[at]) == 0 {
 			delete(s.onNode, at)
@@ -136,7 +145,7 @@ func (s *services) remove(o *corev1.Service, c *change) {
 		return
 	}
 	s.unmap(v, c)
-	v.addrs, v.ports = nil, nil
+	v.addrs, v.ports, v.external = nil, nil, nil
 	s.drop(v)
 	c.services[key] = true
 }

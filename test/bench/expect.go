@@ -7,6 +7,7 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane"
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds"
 	"github.com/mantlet/mantlet/xds/names"
@@ -73,18 +74,18 @@ func (e *expectation) of(s sidecarPod) (versions, error) {
 		out[resourceKey{typeURL, name}] = e.made[id]
 	}
 	subject, node := p.Subject.Key, fmt.Sprint(p.NodeIPs)
-	network := append(append(podNetwork[:0:0], podNetwork...), serviceNetwork...)
+	network := verdictNetwork(p)
 	for _, c := range xds.Clusters() {
 		add("", server.ClusterType, c.Name, func() proto.Message { return c })
 	}
 	add(node, server.ListenerType, names.Inbound, func() proto.Message { return xds.Inbound(p.NodeIPs, config().Resumption) })
 	add(subject, server.ListenerType, names.Gate, func() proto.Message { return xds.Gate(v) })
-	add(subject+node, server.ListenerType, names.Outbound, func() proto.Message { return xds.Outbound(v, network, p.NodeIPs) })
+	add(subject+node, server.ListenerType, names.Outbound, func() proto.Message { return xds.Outbound(v, network) })
 	add(subject, server.ExtensionType, names.RBAC, func() proto.Message { return xds.RBAC(v) })
 	add(subject, names.TypeVerdicts, names.Verdicts, func() proto.Message { return wire.Message(v) })
 	add(s.key(), names.TypePackets, names.Packets, func() proto.Message { return wire.PacketsMessage(e.index.Packets(s.key())) })
 	add(node, names.TypeNetwork, names.Network, func() proto.Message {
-		return wire.NetworkMessage(verdictNetwork(p))
+		return wire.NetworkMessage(network)
 	})
 	for _, name := range s.uses {
 		version := ""
@@ -96,8 +97,8 @@ func (e *expectation) of(s sidecarPod) (versions, error) {
 	return out, failed
 }
 
-func verdictNetwork(p policy.Pod) wire.Network {
-	return wire.Network{Cluster: append(append(podNetwork[:0:0], podNetwork...), serviceNetwork...), Node: p.NodeIPs}
+func verdictNetwork(p policy.Pod) *verdict.Network {
+	return &verdict.Network{Cluster: append(append(podNetwork[:0:0], podNetwork...), serviceNetwork...), Node: p.NodeIPs}
 }
 
 // difference is what a change means to each sidecar that it concerns.

@@ -51,8 +51,9 @@ func publishedFor(t *testing.T, m *source.Manifests, name string) published {
 	v := index.Verdicts(p.Subject.Key)
 	var cluster []netip.Prefix
 	cluster = append(append(cluster, m.PodNetwork...), m.ServiceNetwork...)
-	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, cluster, p.NodeIPs), xds.RBAC(v), wire.Message(v),
-		wire.NetworkMessage(wire.Network{Cluster: cluster, Node: p.NodeIPs}), wire.PacketsMessage(index.Packets(name))}
+	n := &verdict.Network{Cluster: cluster, Node: p.NodeIPs}
+	return published{xds.Inbound(p.NodeIPs, xds.Resume), xds.Gate(v), xds.Outbound(v, n), xds.RBAC(v), wire.Message(v),
+		wire.NetworkMessage(n), wire.PacketsMessage(index.Packets(name))}
 }
 
 // set makes the set to publish.
@@ -151,7 +152,7 @@ func TestNACK(t *testing.T) {
 	enforced(true, true)
 
 	broken := good
-	broken.gate, broken.rbac, broken.outbound = brokenGate(t), brokenRBAC(t), xds.Outbound(&verdict.Verdicts{}, nil, nil)
+	broken.gate, broken.rbac, broken.outbound = brokenGate(t), brokenRBAC(t), xds.Outbound(&verdict.Verdicts{}, &verdict.Network{})
 	if !srv.Publish(client, broken.set(t)) {
 		t.Fatal("nothing new was published")
 	}

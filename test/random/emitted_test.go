@@ -100,7 +100,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 				from, _ := x.Pod(key(c.From))
 				out := outs[key(c.From)]
 				if out == nil {
-					out = xds.Outbound(e.verdicts(key(c.From)), w.PodNetwork, from.NodeIPs)
+					out = xds.Outbound(e.verdicts(key(c.From)), &verdict.Network{Cluster: w.PodNetwork, Node: from.NodeIPs})
 					if err := matcher.CheckListener(out); err != nil {
 						t.Fatal(err)
 					}

@@ -54,7 +54,7 @@ func FuzzCompile(f *testing.F) {
 			v := x.Verdicts(k)
 			xds.Gate(v)
 			xds.RBAC(v)
-			xds.Outbound(v, w.PodNetwork, nil)
+			xds.Outbound(v, &verdict.Network{Cluster: w.PodNetwork})
 		}
 		if len(policy.Validate(np)) == 0 {
 			if c, got, why, found := differ(w); found {

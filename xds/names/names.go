@@ -7,10 +7,6 @@ const (
 	InboundPort = 15006
 	// OutboundPort is where the pod's netns redirects TCP that the app sends.
 	OutboundPort = 15001
-	// FirstNodePort begins the API server's default --service-node-port-range.
-	FirstNodePort = 30000
-	// LastNodePort ends it.
-	LastNodePort = 32767
 	// ProxyMark is the socket mark that exempts the agent's own connections from capture (and Envoy's, where the kernel gives
 	// the pod one uid only). Setting it takes CAP_NET_ADMIN or CAP_NET_RAW, which apps do not have.
 	ProxyMark = 0x6d74

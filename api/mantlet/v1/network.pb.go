@@ -30,7 +30,11 @@ type Network struct {
 	// Where sidecars find each other: pods and Services. At least one.
 	Cluster []*Prefix `protobuf:"bytes,1,rep,name=cluster,proto3" json:"cluster,omitempty"`
 	// Addresses of the pod's own node, 4 or 16 bytes each, never IPv4-mapped.
-	Node          [][]byte `protobuf:"bytes,2,rep,name=node,proto3" json:"node,omitempty"`
+	Node [][]byte `protobuf:"bytes,2,rep,name=node,proto3" json:"node,omitempty"`
+	// External addresses of Services with their TCP ports: asked about as what is inside cluster. Sorted, none twice.
+	Services []*AddressPort `protobuf:"bytes,3,rep,name=services,proto3" json:"services,omitempty"`
+	// The range of node ports, which are asked about at every address. Absent: 30000-32767, which is never written.
+	NodePorts     *PortRange `protobuf:"bytes,4,opt,name=node_ports,json=nodePorts,proto3" json:"node_ports,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -75,6 +79,20 @@ func (x *Network) GetCluster() []*Prefix {
 func (x *Network) GetNode() [][]byte {
 	if x != nil {
 		return x.Node
+	}
+	return nil
+}
+
+func (x *Network) GetServices() []*AddressPort {
+	if x != nil {
+		return x.Services
+	}
+	return nil
+}
+
+func (x *Network) GetNodePorts() *PortRange {
+	if x != nil {
+		return x.NodePorts
 	}
 	return nil
 }
@@ -137,10 +155,13 @@ var File_mantlet_v1_network_proto protoreflect.FileDescriptor
 const file_mantlet_v1_network_proto_rawDesc = "" +
 	"\n" +
 	"\x18mantlet/v1/network.proto\x12\n" +
-	"mantlet.v1\"K\n" +
+	"mantlet.v1\x1a\x18mantlet/v1/packets.proto\x1a\x19mantlet/v1/verdicts.proto\"\xb6\x01\n" +
 	"\aNetwork\x12,\n" +
 	"\acluster\x18\x01 \x03(\v2\x12.mantlet.v1.PrefixR\acluster\x12\x12\n" +
-	"\x04node\x18\x02 \x03(\fR\x04node\"6\n" +
+	"\x04node\x18\x02 \x03(\fR\x04node\x123\n" +
+	"\bservices\x18\x03 \x03(\v2\x17.mantlet.v1.AddressPortR\bservices\x124\n" +
+	"\n" +
+	"node_ports\x18\x04 \x01(\v2\x15.mantlet.v1.PortRangeR\tnodePorts\"6\n" +
 	"\x06Prefix\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x12\n" +
 	"\x04bits\x18\x02 \x01(\rR\x04bitsB5Z3github.com/mantlet/mantlet/api/mantlet/v1;mantletv1b\x06proto3"
@@ -159,16 +180,20 @@ func file_mantlet_v1_network_proto_rawDescGZIP() []byte {
 
 var file_mantlet_v1_network_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_mantlet_v1_network_proto_goTypes = []any{
-	(*Network)(nil), // 0: mantlet.v1.Network
-	(*Prefix)(nil),  // 1: mantlet.v1.Prefix
+	(*Network)(nil),     // 0: mantlet.v1.Network
+	(*Prefix)(nil),      // 1: mantlet.v1.Prefix
+	(*AddressPort)(nil), // 2: mantlet.v1.AddressPort
+	(*PortRange)(nil),   // 3: mantlet.v1.PortRange
 }
 var file_mantlet_v1_network_proto_depIdxs = []int32{
 	1, // 0: mantlet.v1.Network.cluster:type_name -> mantlet.v1.Prefix
-	1, // [1:1] is the sub-list for method output_type
-	1, // [1:1] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	2, // 1: mantlet.v1.Network.services:type_name -> mantlet.v1.AddressPort
+	3, // 2: mantlet.v1.Network.node_ports:type_name -> mantlet.v1.PortRange
+	3, // [3:3] is the sub-list for method output_type
+	3, // [3:3] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_mantlet_v1_network_proto_init() }
@@ -176,6 +201,8 @@ func file_mantlet_v1_network_proto_init() {
 	if File_mantlet_v1_network_proto != nil {
 		return
 	}
+	file_mantlet_v1_packets_proto_init()
+	file_mantlet_v1_verdicts_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

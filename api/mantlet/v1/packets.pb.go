@@ -274,7 +274,7 @@ func (x *PacketPrefix) GetAllow() bool {
 	return false
 }
 
-// PacketService says where a port of a cluster IP leads: to one of the endpoints, chosen anew for each flow.
+// PacketService says where a port of a cluster IP, of an external address of a service or of a node leads: to one of the endpoints, chosen anew for each flow; without any, nowhere.
 type PacketService struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Protocol Protocol               `protobuf:"varint,1,opt,name=protocol,proto3,enum=mantlet.v1.Protocol" json:"protocol,omitempty"` // UDP or SCTP

@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 
@@ -108,6 +109,9 @@ func state(x *policy.Index, services []*corev1.Service) map[string]string {
 				for _, a := range x.ServiceAddrs(s.Namespace + "/" + s.Name) {
 					targets = append(targets, netip.AddrPortFrom(a, uint16(port.Port)))
 				}
+				for _, a := range append(slices.Clone(s.Spec.ExternalIPs), ingressIPs(s)...) {
+					targets = append(targets, netip.AddrPortFrom(netip.MustParseAddr(a), uint16(port.Port)))
+				}
 				for _, a := range p.NodeIPs {
 					targets = append(targets, netip.AddrPortFrom(a, uint16(max(1, port.NodePort))))
 				}
@@ -119,6 +123,13 @@ func state(x *policy.Index, services []*corev1.Service) map[string]string {
 		}
 	}
 	out["problems"] = fmt.Sprint(x.Problems())
+	return out
+}
+
+func ingressIPs(s *corev1.Service) (out []string) {
+	for _, i := range s.Status.LoadBalancer.Ingress {
+		out = append(out, i.IP)
+	}
 	return out
 }
 

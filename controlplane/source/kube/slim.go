@@ -28,7 +28,8 @@ func slim(obj any) (any, error) {
 		return &corev1.Service{ObjectMeta: meta, Spec: corev1.ServiceSpec{
 			Type: o.Spec.Type, ClusterIP: o.Spec.ClusterIP, ClusterIPs: o.Spec.ClusterIPs, Ports: o.Spec.Ports,
 			SessionAffinity: o.Spec.SessionAffinity, InternalTrafficPolicy: o.Spec.InternalTrafficPolicy, ExternalTrafficPolicy: o.Spec.ExternalTrafficPolicy,
-		}}, nil
+			ExternalIPs: o.Spec.ExternalIPs, LoadBalancerSourceRanges: o.Spec.LoadBalancerSourceRanges,
+		}, Status: corev1.ServiceStatus{LoadBalancer: o.Status.LoadBalancer}}, nil
 	case *discoveryv1.EndpointSlice:
 		o.ObjectMeta = slimMeta(&o.ObjectMeta)
 		return o, nil

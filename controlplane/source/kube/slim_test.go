@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"fmt"
 	"os"
 	"testing"
 
@@ -45,6 +46,9 @@ func TestSlimKeepsWhatDecides(t *testing.T) {
 				for j := range s.Spec.Ports {
 					s.Spec.Ports[j].NodePort = int32(30000 + 10*i + j)
 				}
+				proxy := corev1.LoadBalancerIPModeProxy
+				s.Spec.ExternalIPs, s.Spec.LoadBalancerSourceRanges = []string{fmt.Sprint("203.0.113.", i)}, []string{"10.64.0.0/29"}
+				s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: fmt.Sprint("198.51.100.", i)}, {IP: fmt.Sprint("192.0.2.", i), IPMode: &proxy}}
 			}
 		}
 		networks := Networks{Pods: m.PodNetwork, Services: m.ServiceNetwork}
