@@ -178,7 +178,7 @@ func TestPackets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	network, err := server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
+	network, err := server.NewResource(names.Network, wire.NetworkMessage(&verdict.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -111,10 +111,16 @@ func (p *heldPod) start(t *testing.T) (stop func() error) {
 // tell has the control plane say what the cluster is.
 func (p *heldPod) tell(t *testing.T, cluster ...string) {
 	t.Helper()
-	n := wire.Network{Node: []netip.Addr{netip.MustParseAddr("10.99.0.77")}}
+	n := &verdict.Network{}
 	for _, c := range cluster {
 		n.Cluster = append(n.Cluster, netip.MustParsePrefix(c))
 	}
+	p.tellOf(t, n)
+}
+
+func (p *heldPod) tellOf(t *testing.T, n *verdict.Network) {
+	t.Helper()
+	n.Node = []netip.Addr{netip.MustParseAddr("10.99.0.77")}
 	b, err := proto.Marshal(wire.NetworkMessage(n))
 	if err != nil {
 		t.Fatal(err)
@@ -221,6 +227,40 @@ func TestSynHold(t *testing.T) {
 	wantAttempts(t, "outside again", outside)
 }
 
+// TestSynHoldServices: external addresses of services come and go while the hold is at work, and change nothing else.
+func TestSynHoldServices(t *testing.T) {
+	p := newHeldPod(t)
+	p.start(t)
+	p.tell(t, "10.98.0.0/16")
+	p.ready(t)
+	p.decree(t)
+	h, _ := p.current()
+	outside := map[string]string{"10.99.0.1:9090": "connected", "[fd99::1]:9090": "connected", "10.99.0.1:9091": "refused", "10.99.0.77:9090": "connected", "10.99.0.77:1": "connected"}
+	wantAttempts(t, "outside", outside)
+	services := &verdict.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")},
+		Services: []netip.AddrPort{netip.MustParseAddrPort("10.99.0.1:9090"), netip.MustParseAddrPort("10.99.0.77:9090"), netip.MustParseAddrPort("[fd99::1]:1")}}
+	p.tellOf(t, services)
+	wantAttempts(t, "services", map[string]string{"10.99.0.1:9090": "refused", "10.99.0.77:9090": "refused", "[fd99::1]:9090": "connected", "[fd99::1]:1": "refused", "10.99.0.77:1": "connected"})
+	services.Services = services.Services[1:]
+	p.tellOf(t, services)
+	wantAttempts(t, "one service less", map[string]string{"10.99.0.1:9090": "connected", "10.99.0.77:9090": "refused"})
+	if err := p.Check(); err != nil {
+		t.Error(err)
+	}
+	if err := (heldTable{p.synHold}).Repair(); err != nil { // writes them too
+		t.Fatal(err)
+	}
+	wantAttempts(t, "written again", map[string]string{"10.99.0.1:9090": "connected", "10.99.0.77:9090": "refused"})
+	p.tell(t, "10.98.0.0/16")
+	wantAttempts(t, "outside again", outside)
+	if is, _ := p.current(); is != h {
+		t.Error("the hold was opened again: what it knew of destinations is lost")
+	}
+	services.NodePorts = verdict.PortRange{First: 9090, Last: 9090}
+	p.tellOf(t, services)
+	eventually(t, "another range of node ports", func() bool { return attempt("10.99.0.1:9090") == "refused" })
+}
+
 // Whatever happens to the table, what is allowed is so again and what is denied stays denied.
 func TestSynHoldRepaired(t *testing.T) {
 	p := newHeldPod(t)
@@ -267,7 +307,7 @@ func TestSynHoldRepaired(t *testing.T) {
 // Where the hold fails again and again the agent gives up; what was not known before stays closed.
 func TestSynHoldGivesUp(t *testing.T) {
 	p := newHeldPod(t)
-	other, err := hold.Open(hold.Config{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}, ProxyMark: 1, Group: p.cfg.Group, Rate: 1, Patience: 1, MaxQuestions: 1,
+	other, err := hold.Open(hold.Config{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}, NodePorts: verdict.DefaultNodePorts, ProxyMark: 1, Group: p.cfg.Group, Rate: 1, Patience: 1, MaxQuestions: 1,
 		MaxHeld: 1, MaxAllowed: 1, MaxDenied: 1, Idle: patience, ErrorTTL: patience}, p.asker, p.logger)
 	if err != nil {
 		t.Fatal(err)

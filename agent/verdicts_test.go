@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	mantletv1 "github.com/mantlet/mantlet/api/mantlet/v1"
+	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
 	"github.com/mantlet/mantlet/xds/names"
 	"github.com/mantlet/mantlet/xds/server"
@@ -60,7 +61,7 @@ func TestVerdicts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	network, err := server.NewResource(names.Network, wire.NetworkMessage(wire.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
+	network, err := server.NewResource(names.Network, wire.NetworkMessage(&verdict.Network{Cluster: []netip.Prefix{netip.MustParsePrefix("10.98.0.0/16")}}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@ package netfilter
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -191,22 +192,32 @@ func TestFormerNodeIsCut(t *testing.T) {
 	}
 }
 
-// TestNodePortIsNoReply: a segment with the node's address and a node port as its source, which somebody else may have forged, begins no entry
-// that lets the app's own SYN to that node port pass as a reply. Resets are dropped here so that the moment lasts.
+// TestNodePortIsNoReply: a segment with the node's address and a node port as its source, or the port of a service that has this address for an external
+// one, which somebody else may have forged, begins no entry that lets the app's own SYN to that port pass as a reply. Resets are dropped here so that the moment lasts.
 func TestNodePortIsNoReply(t *testing.T) {
 	t.Cleanup(func() { goleak.VerifyNone(t) })
 	outside := podtest.Connect(t)
 	greet(t, outside.Listen(t, "[::]:30080"), "node port")
+	greet(t, outside.Listen(t, "[::]:80"), "service")
 	listen(t, "[::]:15001", "captured")
 	r := apply(t)
-	setNode(t, r, nodeAddrs...)
+	n := &verdict.Network{Node: nodeAddrs, Services: []netip.AddrPort{netip.MustParseAddrPort("10.99.0.1:80"), netip.MustParseAddrPort("192.0.2.1:81")}}
+	if err := errors.Join(r.SetNode(n), r.Check()); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.cfg.Services) != 1 {
+		t.Errorf("services %v: one is at the node", r.cfg.Services)
+	}
 	dropResets(t)
-	for i, flags := range []byte{flagSYN, flagACK} {
-		local := netip.AddrPortFrom(podtest.PodIPv4, uint16(4000+i))
-		outside.Do(func() { sendTCP(t, netip.MustParseAddrPort("10.99.0.1:30080"), local, flags) })
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(local)}
-		if got := reach(t, d, "10.99.0.1:30080"); got != "captured" {
-			t.Errorf("behind a segment with flags %#x: %q, not captured", flags, got)
+	for i, port := range []uint16{30080, 80} {
+		at := netip.AddrPortFrom(nodeAddrs[0], port)
+		for j, flags := range []byte{flagSYN, flagACK} {
+			local := netip.AddrPortFrom(podtest.PodIPv4, uint16(4000+2*i+j))
+			outside.Do(func() { sendTCP(t, at, local, flags) })
+			d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(local)}
+			if got := reach(t, d, at.String()); got != "captured" {
+				t.Errorf("behind a segment of %s with flags %#x: %q, not captured", at, flags, got)
+			}
 		}
 	}
 }

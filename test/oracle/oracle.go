@@ -49,6 +49,8 @@ func (w World) Allowed(c Conn) (bool, string) {
 	switch {
 	case samePod(c.From, c.To):
 		return true, "a pod to itself"
+	case guarded && c.To == nil && w.ExternalService(corev1.Protocol(c.Protocol.String()), netip.AddrPortFrom(c.ToAddr, c.Port)) != nil:
+		return false, "a service's external address: a node would balance once more"
 	case c.To != nil && hasHostIP(c.To, c.FromAddr):
 		return true, "from the destination's own node"
 	case c.From != nil && hasHostIP(c.From, c.ToAddr):

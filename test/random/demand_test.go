@@ -65,6 +65,11 @@ func clustersFollowChanges(t *testing.T, s uint64) {
 			sc := sidecars[name]
 			sc.uid = p.UID
 			sc.subscribe(all)
+			for _, r := range [][2]string{{names.TypeNetwork, names.Network}, {server.ListenerType, names.Outbound}} {
+				if got, want := publishedTo(cp, name, r[0], r[1]), publishedTo(fresh, name, r[0], r[1]); got != want {
+					t.Fatalf("world %d: %s\n%s was published %s %s; want %s\n%s", s, strings.Join(m.story, "\n"), name, r[1], got, want, m.YAML())
+				}
+			}
 			sc.await(t, cp, all)
 			for _, cluster := range all {
 				want := ""
@@ -96,7 +101,7 @@ func (m *mutant) destinations() []string {
 			list = append(list, names.OnDemandPrefix+netip.AddrPortFrom(serviceAddr(i), uint16(port)).String())
 		}
 	}
-	for _, to := range atNodes() {
+	for _, to := range elsewhere() {
 		list = append(list, names.OnDemandPrefix+to.String())
 	}
 	for _, p := range m.Objects.Pods {

@@ -45,6 +45,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 			t.Fatal(err)
 		}
 		e := &emitted{x, map[string]*verdict.Verdicts{}}
+		external, asked := externalOf(w, s)
 		gates, outs := map[string]*listenerv3.Listener{}, map[string]*listenerv3.Listener{}
 		rbacs := map[string]*corev3.TypedExtensionConfig{}
 		for _, c := range w.Connections() {
@@ -100,7 +101,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 				from, _ := x.Pod(key(c.From))
 				out := outs[key(c.From)]
 				if out == nil {
-					out = xds.Outbound(e.verdicts(key(c.From)), &verdict.Network{Cluster: w.PodNetwork, Node: from.NodeIPs})
+					out = xds.Outbound(e.verdicts(key(c.From)), &verdict.Network{Cluster: w.PodNetwork, Node: from.NodeIPs, Services: external, NodePorts: verdict.PortRange{First: 30000, Last: 32000}})
 					if err := matcher.CheckListener(out); err != nil {
 						t.Fatal(err)
 					}
@@ -115,6 +116,9 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 				switch {
 				case c.ToAddr.IsLoopback():
 					want = names.ChainBlackhole // never captured: somebody dials the capture port itself
+				case asked[netip.AddrPortFrom(c.ToAddr, c.Port)]:
+					want = names.ChainMesh
+					checked["external"]++
 				case onNode(from.NodeIPs, c.ToAddr):
 					want = names.ChainNode
 				case inside:
@@ -126,19 +130,38 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 					t.Fatalf("world %d: outbound of %s: %s: chain %q, %v; want %s\n%s", s, key(c.From), c, chain, err, want, w.YAML())
 				}
 				checked["outbound "+chain]++
-				chain, err = matcher.FilterChain(out, matcher.Connection{DestinationIP: c.ToAddr, DestinationPort: 30000 + c.Port%2768, SourceIP: c.FromAddr})
+				chain, err = matcher.FilterChain(out, matcher.Connection{DestinationIP: c.ToAddr, DestinationPort: 30000 + c.Port%2001, SourceIP: c.FromAddr})
 				if err != nil || (chain != names.ChainMesh && !c.ToAddr.IsLoopback()) {
 					t.Fatalf("world %d: outbound of %s: a node port of %s: chain %q, %v", s, key(c.From), c.ToAddr, chain, err)
 				}
 			}
 		}
 	}
-	for _, kind := range []string{"rbac", "gate allow", "gate deny", "outbound deny", "outbound passthrough", "outbound mesh"} {
+	for _, kind := range []string{"rbac", "gate allow", "gate deny", "outbound deny", "outbound passthrough", "outbound mesh", "external"} {
 		if checked[kind] == 0 {
 			t.Errorf("no connection tried %s: the worlds prove nothing of it", kind)
 		}
 	}
 	t.Log(checked)
+}
+
+// externalOf takes some of the destinations outside for services' external ones.
+func externalOf(w oracle.World, s uint64) (list []netip.AddrPort, asked map[netip.AddrPort]bool) {
+	r := rand.New(rand.NewPCG(s, 7))
+	asked = map[netip.AddrPort]bool{}
+	tried := map[netip.AddrPort]bool{}
+	for _, c := range w.Connections() {
+		to := netip.AddrPortFrom(c.ToAddr, c.Port)
+		if isPod(c.To) || c.ToAddr.IsLoopback() || tried[to] || c.Port == names.OutboundPort {
+			continue
+		}
+		tried[to] = true
+		if r.IntN(4) == 0 {
+			list, asked[to] = append(list, to), true
+		}
+	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
+	return list, asked
 }
 
 func nodesOf(x *policy.Index, c oracle.Conn) []netip.Addr {

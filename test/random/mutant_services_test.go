@@ -31,6 +31,20 @@ func atNodes() (out []netip.AddrPort) {
 	return out
 }
 
+// externalAddrs are those that services name: outside, of nodes, of pods, and a cluster IP.
+var externalAddrs = []string{"198.51.100.1", "203.0.113.9", "10.64.0.1", "172.18.0.3", "10.64.0.10", "10.64.1.11", "10.96.0.1", "fd00:172:18::3"}
+
+// elsewhere are atNodes, and the destinations that may be services' at external addresses.
+func elsewhere() []netip.AddrPort {
+	out := atNodes()
+	for _, a := range externalAddrs {
+		for _, port := range servicePorts {
+			out = append(out, netip.AddrPortFrom(netip.MustParseAddr(a), uint16(port)))
+		}
+	}
+	return out
+}
+
 var servicePorts = []int32{80, 81}
 
 func serviceAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 96, 0, byte(1 + i)}) }
@@ -69,11 +83,34 @@ func (m *mutant) changeService() []event {
 		if s.Spec.Type == corev1.ServiceTypeNodePort && m.chance(30) {
 			s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
 		}
+		m.changeExternal(s)
 		m.tell("service %s: ports %v, affinity %q, local %t, at nodes %q", name, s.Spec.Ports, s.Spec.SessionAffinity, s.Spec.InternalTrafficPolicy != nil, s.Spec.ExternalTrafficPolicy)
 		m.Objects.Services = append(slices.Clone(m.Objects.Services), s)
 		return []event{{s, false}}
 	}
 	return m.changeSlice(name, meta)
+}
+
+// changeExternal gives a service addresses, and an age.
+func (m *mutant) changeExternal(s *corev1.Service) {
+	s.CreationTimestamp = metav1.Unix(int64(m.IntN(3)), 0)
+	for _, a := range externalAddrs {
+		switch m.IntN(10) {
+		case 0, 1:
+			s.Spec.ExternalIPs = append(s.Spec.ExternalIPs, a)
+		case 2:
+			mode := choose(m.Rand, []corev1.LoadBalancerIPMode{corev1.LoadBalancerIPModeVIP, corev1.LoadBalancerIPModeProxy})
+			in := corev1.LoadBalancerIngress{IP: a, IPMode: &mode}
+			if m.chance(50) {
+				in.IPMode = nil
+			}
+			s.Status.LoadBalancer.Ingress = append(s.Status.LoadBalancer.Ingress, in)
+		}
+	}
+	if m.chance(30) {
+		s.Spec.LoadBalancerSourceRanges = []string{choose(m.Rand, []string{"10.64.0.0/24", "10.64.1.0/24", "fd00::/8"})}
+	}
+	m.tell("service %s: since %s, external %v, of a load balancer %+v for %v", s.Name, s.CreationTimestamp.UTC(), s.Spec.ExternalIPs, s.Status.LoadBalancer.Ingress, s.Spec.LoadBalancerSourceRanges)
 }
 
 func (m *mutant) changeSlice(service string, meta metav1.ObjectMeta) []event {

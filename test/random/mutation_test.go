@@ -63,6 +63,7 @@ func followChanges(t *testing.T, s uint64) (moved int) {
 			named.Packets = append(named.Packets, d.Packets...)
 			named.Addrs = append(named.Addrs, d.Addrs...)
 			named.NodePorts = append(named.NodePorts, d.NodePorts...)
+			named.External = named.External || d.External
 		}
 		if r.IntN(4) == 0 {
 			continue // some changes come in a bundle, with nobody reading in between
@@ -104,13 +105,14 @@ func ended(p *corev1.Pod) bool {
 type reading struct {
 	pods     map[string]podReading
 	services map[netip.AddrPort]string // which addresses a cluster IP stands for
+	external []netip.AddrPort
 }
 
 // podReading is what an index says of a pod.
 type podReading struct {
 	subject, hash, seen, packets string
-	destinations                 string    // what cluster IPs stand for to it
-	atNodes                      [8]string // and atNodes
+	destinations                 string     // what cluster IPs stand for to it
+	elsewhere                    [24]string // and elsewhere
 }
 
 // read reads all pods. What others see of a pod is in it, too: who depends on that has to be told by name.
@@ -119,7 +121,7 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 	for _, k := range x.SubjectKeys() { // also of pods that should not be there any more
 		hashes[k] = x.Verdicts(k).Hash()
 	}
-	out := reading{map[string]podReading{}, map[netip.AddrPort]string{}}
+	out := reading{map[string]podReading{}, map[netip.AddrPort]string{}, x.External()}
 	for i := range serviceAddrs {
 		for _, port := range servicePorts {
 			to := netip.AddrPortFrom(serviceAddr(i), uint16(port))
@@ -139,9 +141,9 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 				r.destinations += fmt.Sprint(addresses(d.Endpoints))
 			}
 		}
-		for i, to := range atNodes() {
+		for i, to := range elsewhere() {
 			d, _ := x.DestinationFor(p.Name, verdict.TCP, to)
-			r.atNodes[i] = fmt.Sprint(d.Service, addresses(d.Endpoints))
+			r.elsewhere[i] = fmt.Sprint(d.Service, addresses(d.Endpoints), d.Sources)
 		}
 		out.pods[p.Name] = r
 	}
@@ -157,11 +159,14 @@ func addresses(endpoints []policy.Endpoint) (out []netip.AddrPort) {
 
 // unnamed finds a change that no Delta named, and counts the changes that one did.
 func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
+	if !d.External && !slices.Equal(before.external, after.external) {
+		return n, fmt.Sprintf("external addresses were %v and are %v, and no delta says so", before.external, after.external)
+	}
 	for i := range serviceAddrs {
 		for _, port := range servicePorts {
 			to := netip.AddrPortFrom(serviceAddr(i), uint16(port))
-			if before.services[to] != after.services[to] && !slices.Contains(d.Services, fmt.Sprintf("ns0/svc%d", i)) {
-				return n, fmt.Sprintf("%s stood for %s and stands for %s, and no delta names its service", to, before.services[to], after.services[to])
+			if before.services[to] != after.services[to] && len(d.Services) == 0 { // its own, or one that has the address for an external one
+				return n, fmt.Sprintf("%s stood for %s and stands for %s, and no delta names a service", to, before.services[to], after.services[to])
 			}
 		}
 	}
@@ -173,9 +178,9 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 	for _, name := range slices.Sorted(maps.Keys(after.pods)) {
 		old, now := before.pods[name], after.pods[name]
 		byPod := slices.Contains(d.Pods, name)
-		for i, to := range atNodes() {
-			if was, is := old.atNodes[i], now.atNodes[i]; is != was && !byPod && len(d.Services) == 0 && !slices.Contains(d.Addrs, to.Addr()) && !slices.Contains(d.NodePorts, to.Port()) {
-				return n, fmt.Sprintf("to pod %s %s stood for %s and stands for %s, and no delta names the pod, a service, the address or the port", name, to, was, is)
+		for i, to := range elsewhere() {
+			if was, is := old.elsewhere[i], now.elsewhere[i]; is != was && len(d.Pods) == 0 && len(d.Services) == 0 && !slices.Contains(d.Addrs, to.Addr()) && !slices.Contains(d.NodePorts, to.Port()) {
+				return n, fmt.Sprintf("to pod %s %s stood for %s and stands for %s, and no delta names a pod, a service, the address or the port", name, to, was, is)
 			}
 		}
 		switch {
@@ -234,6 +239,9 @@ func (m *mutant) compare(fresh, x *policy.Index, after reading) string {
 			return fmt.Sprintf("pod %s: %+v, and a fresh index says %+v\n-want +got\n%s", name, got[name], want[name],
 				cmp.Diff(asYAML(fresh.Verdicts(want[name].subject)), asYAML(x.Verdicts(got[name].subject))))
 		}
+	}
+	if !slices.Equal(fresh.External(), x.External()) {
+		return fmt.Sprintf("external addresses %v, and a fresh index has %v", x.External(), fresh.External())
 	}
 	if len(got) != len(want) || !slices.Equal(fresh.SubjectKeys(), x.SubjectKeys()) {
 		return fmt.Sprintf("subjects %q, and a fresh index has %q", x.SubjectKeys(), fresh.SubjectKeys())

@@ -63,7 +63,7 @@ func publishedPacketsFollowChanges(t *testing.T, s uint64) (changed, kept, led i
 			if err != nil {
 				t.Fatal(err)
 			}
-			after[name] = publishedTo(cp, name)
+			after[name] = publishedTo(cp, name, names.TypePackets, names.Packets)
 			if after[name] != want.Version {
 				t.Fatalf("world %d: %s\nthe packets published to %s are not those of a fresh index\n%s", s, strings.Join(m.story, "\n"), name, m.YAML())
 			}
@@ -118,14 +118,17 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 			vips = append(vips, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
 		}
 	}
-	for _, to := range append(vips, atNodes()...) {
+	for _, to := range append(vips, elsewhere()...) {
+		if !slices.ContainsFunc(oracle.Addresses(pod), func(a netip.Addr) bool { return a.Is4() == to.Addr().Is4() }) {
+			continue // it cannot send there at all
+		}
 		d, known := x.DestinationFor(key(pod), verdict.UDP, to)
 		var want []netip.AddrPort
 		for _, e := range d.Endpoints {
 			if e.Pod == "" && !atOwnNode(pod, e.Addr.Addr()) && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
 				continue // the address of a pod that is gone, or claimed by two: nobody knows who that is
 			}
-			if isNodePort(w, pod, e.Addr) {
+			if e.Pod == "" && (isNodePort(w, pod, e.Addr) || w.ExternalService(corev1.ProtocolUDP, e.Addr) != nil) {
 				continue // the node would balance once more
 			}
 			for _, from := range oracle.Addresses(pod) {
@@ -138,21 +141,24 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 				}
 			}
 		}
-		service, atNode := slices.Contains(vips, to), isNodePort(w, pod, to)
-		if !service && !atNode || d.Outside {
-			want = nil // it is what it is
+		service, atNode, external := slices.Contains(vips, to), isNodePort(w, pod, to), w.ExternalService(corev1.ProtocolUDP, to)
+		switch {
+		case external != nil && d.Service != external.Namespace+"/"+external.Name:
+			return led, fmt.Errorf("%s is of service %q to %s, not of %s", to, d.Service, key(pod), external.Name)
+		case external != nil && !oracle.MayCome(pod, external, to.Addr()), !service && !atNode && external == nil, d.Outside:
+			want = nil // nothing for this one, or it is what it is
 		}
 		got, err := nftrules.Translate(rules, nftrules.Packet{Protocol: unix.IPPROTO_UDP, Source: self(to.Addr()), Dest: to.Addr(), Port: to.Port(), Out: "eth0"})
 		refused := errors.Is(err, nftrules.ErrRefused)
 		switch {
 		case err != nil && !refused:
 			return led, err
-		case refused != (atNode && len(want) == 0):
+		case refused != ((atNode || external != nil) && len(want) == 0):
 			return led, fmt.Errorf("%s is refused to %s: %v", to, key(pod), refused)
 		case d.Sticky && len(want) > 1 && len(got) == 1 && slices.Contains(want, got[0]):
 		case !slices.Equal(got, want):
 			return led, fmt.Errorf("%s is led from %s to %v, not to %v", to, key(pod), got, want)
-		case service && known && !d.Outside && value.AllowsEgress(verdict.UDP, to.Port(), to.Addr()):
+		case service && external == nil && known && !d.Outside && value.AllowsEgress(verdict.UDP, to.Port(), to.Addr()):
 			return led, fmt.Errorf("%s itself is let out of %s", to, key(pod))
 		}
 		if len(got) > 0 {
@@ -180,10 +186,10 @@ func isNodePort(w oracle.World, pod *corev1.Pod, to netip.AddrPort) bool {
 	})
 }
 
-func publishedTo(cp *controlplane.ControlPlane, pod string) string {
+func publishedTo(cp *controlplane.ControlPlane, pod, typeURL, resource string) string {
 	st, _ := cp.Server().Ledger().Status(server.Client(pod))
 	for _, r := range st.Resources {
-		if r.Type == names.TypePackets && r.Name == names.Packets {
+		if r.Type == typeURL && r.Name == resource {
 			return r.Wanted
 		}
 	}
