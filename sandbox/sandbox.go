@@ -282,7 +282,8 @@ func (s *Sandbox) addOutsides(ctx context.Context) error {
 func (s *Sandbox) services() []netns.Service {
 	var out []netns.Service
 	for _, svc := range s.cfg.Manifests.Objects.Services {
-		for _, a := range s.index.ServiceAddrs(svc.Namespace + "/" + svc.Name) {
+		name := svc.Namespace + "/" + svc.Name
+		for _, a := range slices.Concat(s.index.ServiceAddrs(name), s.index.ServiceExternalAddrs(name)) {
 			for _, p := range svc.Spec.Ports {
 				proto, err := verdict.ParseProtocol(string(p.Protocol))
 				number, ok := carried(proto)
@@ -291,6 +292,9 @@ func (s *Sandbox) services() []netns.Service {
 				}
 				at := netip.AddrPortFrom(a, uint16(p.Port))
 				d, _ := s.index.Destination(proto, at)
+				if d.Service != name {
+					continue // it is somebody else's
+				}
 				sv := netns.Service{Addr: at, Protocol: number}
 				for _, e := range d.Endpoints {
 					sv.Backends = append(sv.Backends, e.Addr)

@@ -173,16 +173,13 @@ func (x *Index) behindExternal(c *claim, proto verdict.Protocol, to netip.AddrPo
 	return Destination{}, false
 }
 
-// External lists the external addresses of services, with their TCP ports: what sidecars have to ask about, beside the pod and service networks.
-// Sorted; it is shared, and must not be changed.
+// External lists the external addresses of services, with their TCP ports: what sidecars have to ask about, beside the pod and service networks, and also
+// inside them, where an address may be the node's. Sorted; it is shared, and must not be changed.
 func (x *Index) External() []netip.AddrPort {
 	e := &x.services.external
 	if e.tcp == nil {
 		e.tcp = []netip.AddrPort{}
 		for a, ports := range e.claims {
-			if x.inPodNetwork(a) || x.inServiceNetwork(a) {
-				continue
-			}
 			for at := range ports {
 				if at.protocol == verdict.TCP {
 					e.tcp = append(e.tcp, netip.AddrPortFrom(a, at.number))

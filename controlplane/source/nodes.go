@@ -81,19 +81,22 @@ func (r *reader) trafficDistribution(s *discoveryv1.EndpointSlice) string {
 
 // noteServices says what of Services cannot be tried here.
 func (r *reader) noteServices() {
-	var names, outside []string
+	var names, proxies []string
 	for _, s := range r.services {
 		switch {
 		case s.Spec.Type == corev1.ServiceTypeExternalName:
 			names = append(names, s.Namespace+"/"+s.Name)
-		case len(s.Spec.ExternalIPs) > 0 || len(s.Status.LoadBalancer.Ingress) > 0:
-			outside = append(outside, s.Namespace+"/"+s.Name)
+		case slices.ContainsFunc(s.Status.LoadBalancer.Ingress, func(in corev1.LoadBalancerIngress) bool {
+			return in.IP == "" || in.IPMode != nil && *in.IPMode == corev1.LoadBalancerIPModeProxy
+		}):
+			proxies = append(proxies, s.Namespace+"/"+s.Name)
 		}
 	}
 	if len(names) > 0 {
 		r.warn("Services of type ExternalName have no address that could be tried: a connection is judged by ipBlock, at the address that the name resolves to: %s", strings.Join(names, ", "))
 	}
-	if len(outside) > 0 {
-		r.warn("addresses of load balancers and external IPs are not tried; from inside, a connection there is judged by ipBlock: %s", strings.Join(outside, ", "))
+	if len(proxies) > 0 {
+		r.warn("load balancers that are proxies (status.loadBalancer.ingress with a hostname, or ipMode: Proxy) are not tried; from inside, a connection there is judged by ipBlock: %s",
+			strings.Join(proxies, ", "))
 	}
 }

@@ -7,6 +7,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/verdict"
 )
@@ -17,8 +18,8 @@ type Options struct {
 	External []External
 }
 
-// Plan lists all attempts: every pod to every port of every pod and service, in each family that both have, and to the external
-// ranges. The order is that of the names.
+// Plan lists all attempts: every pod to every port of every pod and service, at all of its addresses, in each family that both have, and to the
+// external ranges. The order is that of the names.
 func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
 	type target struct {
 		to    string
@@ -27,6 +28,16 @@ func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
 		proto verdict.Protocol
 	}
 	var targets []target
+	x := policy.NewIndex(policy.Config{}) // knows whose an address is that several services claim
+	if err := x.ApplyAll(&policy.Objects{Services: m.Objects.Services}); err != nil {
+		return nil, err
+	}
+	pods := map[netip.Addr]bool{}
+	for _, p := range m.Objects.Pods {
+		for _, a := range PodAddrs(p) {
+			pods[a] = !p.Spec.HostNetwork
+		}
+	}
 	for _, p := range m.Objects.Pods {
 		ls, err := Listeners(p, o.Ports)
 		if err != nil {
@@ -47,9 +58,11 @@ func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
 			if err != nil {
 				continue
 			}
-			for _, ip := range s.Spec.ClusterIPs {
-				if a, err := netip.ParseAddr(ip); err == nil { // not "None"
-					targets = append(targets, target{s.Namespace + "/" + s.Name, ViaService, netip.AddrPortFrom(a, uint16(p.Port)), proto})
+			name := s.Namespace + "/" + s.Name
+			for _, a := range slices.Concat(x.ServiceAddrs(name), x.ServiceExternalAddrs(name)) {
+				at := netip.AddrPortFrom(a, uint16(p.Port))
+				if d, _ := x.Destination(proto, at); d.Service == name && !pods[a] {
+					targets = append(targets, target{name, ViaService, at, proto})
 				}
 			}
 		}
@@ -62,6 +75,9 @@ func Plan(m *source.Manifests, o Options) ([]Attempt, error) {
 			if n.Overlaps(e.Prefix) {
 				return nil, fmt.Errorf("external %s overlaps the cluster's own network %s: it would not be outside", e.Prefix, n)
 			}
+		}
+		if d, _ := x.Destination(e.Protocol, netip.AddrPortFrom(e.Host(), e.Port)); d.Service != "" {
+			return nil, fmt.Errorf("external %s:%s is an address of service %s: it would not be outside", e.Prefix, Port{e.Port, e.Protocol}, d.Service)
 		}
 		targets = append(targets, target{e.Prefix.String(), ViaExternal, netip.AddrPortFrom(e.Host(), e.Port), e.Protocol})
 	}

@@ -114,6 +114,14 @@ spec: {type: NodePort, internalTrafficPolicy: Local, selector: {app: api}, ports
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: front, namespace: shop}
+spec:
+  {type: LoadBalancer, externalTrafficPolicy: Local, internalTrafficPolicy: Local, selector: {app: api}, externalIPs: [203.0.113.7, "2001:db8::7", 10.64.0.1, "fd00:10:64::1"],
+   ports: [{name: web, port: 80, targetPort: 8080}, {name: db, port: 5432}]}
+status: {loadBalancer: {ingress: [{ip: 192.0.2.80}, {ip: "2001:db8::80", ipMode: VIP}]}}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: headless, namespace: shop}
 spec: {clusterIP: None, selector: {app: api}, ports: [{port: 8080}]}
 ---
@@ -156,6 +164,8 @@ func init() {
 	for i, name := range []string{"api", "sticky", "local", "far", "near", "early", "late", "self", "group", "outside"} {
 		vips[name] = [2]string{fmt.Sprintf("10.96.1.%d", i+1), fmt.Sprintf("fd00:10:96::1%02x", i+1)}
 	}
+	vips["front"] = [2]string{"203.0.113.7", "2001:db8::7"}
+	vips["balancer"] = [2]string{"192.0.2.80", "2001:db8::80"}
 	vips["node"] = [2]string{"10.64.0.1", "fd00:10:64::1"}
 	vips["elsewhere"] = [2]string{"203.0.113.7", "2001:db8::7"}
 }
@@ -184,6 +194,7 @@ func TestServices(t *testing.T) {
 	t.Run("outside", func(t *testing.T) { outsideOfTheMesh(t, s, m) })
 	t.Run("mixed", func(t *testing.T) { mixedEndpoints(t, s, m) })
 	t.Run("another node", func(t *testing.T) { anotherNode(t, s, m) })
+	t.Run("external addresses", func(t *testing.T) { externalAddresses(t, s, m) })
 	t.Run("another service", func(t *testing.T) { changingService(t, s, m) })
 }
 
@@ -318,6 +329,45 @@ func anotherNode(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 			t.Errorf("web by %s when it is a node's no more: %q", vip, got)
 		}
 	}
+}
+
+// externalAddresses: at external addresses of a service all its endpoints are behind its ports, whatever the traffic policies, also where the address is a
+// node's. At other ports the address is what it was, and so it is when the service lets go of it. Whoever names an address that another service has, or a
+// cluster IP, gets nothing of it.
+func externalAddresses(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
+	all := []string{"api-0", "api-1", "api-2"}
+	for _, name := range []string{"front", "balancer", "node"} {
+		for _, port := range []uint16{80, banner} {
+			wantBehind(t, s, "shop/web", name, port, all...)
+			wantBehind(t, s, "shop/caged", name, port, "")
+		}
+	}
+	outside := func(when string) {
+		t.Helper()
+		for _, vip := range vips["front"] {
+			if got := reached(t, s, "shop/web", vip, 8080, 2); len(got) != 1 || got[0] == "" || slices.Contains(all, got[0]) {
+				t.Errorf("%s: another port of %s: answered by %q", when, vip, got)
+			}
+		}
+		wantBehind(t, s, "shop/caged", "front", 8080, "")
+	}
+	outside("while it is a service's")
+	front := m.Objects.Services[slices.IndexFunc(m.Objects.Services, func(s *corev1.Service) bool { return s.Name == "front" })]
+	moved := front.DeepCopy()
+	moved.Spec.ExternalIPs = []string{vips["api"][0]} // which is another's cluster IP
+	applied(t, s, moved)
+	wantBehind(t, s, "shop/web", "balancer", 80, all...)
+	wantBehind(t, s, "shop/caged", "front", 80, "")
+	outside("when it is not any more")
+	rival := m.Objects.Services[slices.IndexFunc(m.Objects.Services, func(s *corev1.Service) bool { return s.Name == "early" })].DeepCopy()
+	rival.Spec.ExternalIPs = []string{vips["balancer"][0], vips["balancer"][1], vips["front"][0], vips["front"][1], vips["api"][0], vips["api"][1]}
+	applied(t, s, rival)
+	wantBehind(t, s, "shop/web", "balancer", 80, all...)
+	wantBehind(t, s, "shop/web", "front", 80, "slow") // nobody had it
+	wantBehind(t, s, "shop/web", "api", 80, all...)
+	rival.Spec.ExternalIPs = nil
+	applied(t, s, rival, front)
+	wantBehind(t, s, "shop/web", "front", 80, all...)
 }
 
 // slicesOf are copies of the slices of a service, to change.
