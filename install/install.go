@@ -45,6 +45,7 @@ type Values struct {
 	PodNetworks      []string          `json:"podNetworks"`
 	ServiceNetworks  []string          `json:"serviceNetworks"`
 	NodeAddresses    []string          `json:"nodeAddresses"`
+	NodePorts        string            `json:"nodePorts"`
 	Sidecar          settings.Sidecar  `json:"sidecar"`
 	Metrics          Metrics           `json:"metrics"`
 	ControlPlane     ControlPlane      `json:"controlPlane"`

@@ -11,6 +11,8 @@ package verdict
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -176,6 +178,20 @@ func (r PortRange) String() string {
 		return fmt.Sprint(r.First)
 	}
 	return fmt.Sprintf("%d-%d", r.First, r.Last)
+}
+
+// ParsePortRange reads what String writes: a port, or two of which the second is not less, with a dash between them.
+func ParsePortRange(s string) (PortRange, error) {
+	first, last, isRange := strings.Cut(s, "-")
+	if !isRange {
+		last = first
+	}
+	a, errA := strconv.ParseUint(first, 10, 16)
+	b, errB := strconv.ParseUint(last, 10, 16)
+	if errA != nil || errB != nil || a == 0 || a > b {
+		return PortRange{}, fmt.Errorf("%q is not a range of ports such as %s", s, DefaultNodePorts)
+	}
+	return PortRange{uint16(a), uint16(b)}, nil
 }
 
 // Peers decides by who the peer is. A peer with an identity is looked up in ByIdentity and, where that does not list it, by its

@@ -31,10 +31,10 @@ import (
 
 // controlPlaneFlags are the flags of control-plane as they are written.
 type controlPlaneFlags struct {
-	kubeconfig, config, trustDomain, secret, mtls, resumption string
-	podNetwork, serviceNetwork, nodeAddrs                     []string
-	verbose                                                   bool
-	cfg                                                       replica.Config
+	kubeconfig, config, trustDomain, secret, mtls, resumption, nodePorts string
+	podNetwork, serviceNetwork, nodeAddrs                                []string
+	verbose                                                              bool
+	cfg                                                                  replica.Config
 }
 
 func newControlPlane() *cobra.Command {
@@ -73,6 +73,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 	flags.StringSliceVar(&f.podNetwork, "pod-network", nil, "ranges of pod addresses beside the nodes' podCIDRs; best the whole cluster's, or each new node has all policy compiled anew")
 	flags.StringSliceVar(&f.serviceNetwork, "service-network", nil, "ranges of Service addresses; without it those of the cluster's ServiceCIDRs (Kubernetes 1.33)")
 	flags.StringSliceVar(&f.nodeAddrs, "node-address", nil, "addresses from which kubelets reach their pods, beside InternalIPs and the first of the podCIDRs")
+	flags.StringVar(&f.nodePorts, "node-ports", verdict.DefaultNodePorts.String(), "the API server's --service-node-port-range")
 	flags.StringVar(&f.mtls, "mtls", "permissive", "mode of namespaces without the label "+policy.ModeLabel+": permissive or strict")
 	flags.StringVar(&f.resumption, "resumption", "on", "whether sidecars resume TLS sessions: on or off")
 	flags.DurationVar(&f.cfg.TTL, "svid-ttl", ca.DefaultTTL, "how long pods' certificates are valid; they are renewed at half of it")
@@ -93,13 +94,16 @@ func (f *controlPlaneFlags) configured(flags *pflag.FlagSet) error {
 	if err != nil {
 		return fmt.Errorf("--config %s: %w", f.config, err)
 	}
-	for _, name := range []string{"trust-domain", "mtls", "ca-secret", "pod-network", "service-network", "node-address"} {
+	for _, name := range []string{"trust-domain", "mtls", "ca-secret", "pod-network", "service-network", "node-address", "node-ports"} {
 		if flags.Changed(name) {
 			return fmt.Errorf("--%s: it is in %s\n  hint: change it there, or leave --config out", name, f.config)
 		}
 	}
 	f.cfg.Settings, f.trustDomain, f.secret = s, s.TrustDomain, s.Namespace+"/"+names.CASecret
 	f.podNetwork, f.serviceNetwork, f.nodeAddrs = s.PodNetworks, s.ServiceNetworks, s.NodeAddresses
+	if s.NodePorts != "" {
+		f.nodePorts = s.NodePorts
+	}
 	if s.MTLS != "" {
 		f.mtls = s.MTLS
 	}
@@ -133,6 +137,9 @@ func (f *controlPlaneFlags) read() (err error) {
 			return fmt.Errorf("--node-address %s: %w\n  hint: an address such as 169.254.1.1, without a prefix length", s, err)
 		}
 		c.NodeAddrs = append(c.NodeAddrs, a.Unmap())
+	}
+	if c.NodePorts, err = verdict.ParsePortRange(f.nodePorts); err != nil {
+		return fmt.Errorf("--node-ports: %w\n  hint: the API server's --service-node-port-range, with both ends", err)
 	}
 	if c.Mode, err = verdict.ParseMode(f.mtls); err != nil {
 		return fmt.Errorf("--mtls: %w\n  hint: permissive accepts plaintext from pods without sidecar, strict does not", err)

@@ -57,9 +57,10 @@ type Config struct {
 
 	Networks  kube.Networks // beside what nodes and ServiceCIDRs say; see kube.Config
 	NodeAddrs []netip.Addr
-	Mode      verdict.Mode   // of namespaces that do not say; zero: permissive
-	Sessions  xds.Resumption // zero: on
-	TTL       time.Duration  // of X.509-SVIDs; zero: ca.DefaultTTL
+	NodePorts verdict.PortRange // zero: verdict.DefaultNodePorts
+	Mode      verdict.Mode      // of namespaces that do not say; zero: permissive
+	Sessions  xds.Resumption    // zero: on
+	TTL       time.Duration     // of X.509-SVIDs; zero: ca.DefaultTTL
 	Log       *slog.Logger
 
 	// Settings of an installation, and where the API server comes with pods to be given sidecars, "host:port"; nil: nobody is injected. The fields
@@ -277,7 +278,7 @@ func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.Cont
 	return controlplane.NewServer(
 		controlplane.Config{
 			Policy:         policy.Config{TrustDomain: r.cfg.TrustDomain, PodNetwork: n.Pods, DefaultMode: r.cfg.Mode},
-			ServiceNetwork: n.Services, Resumption: r.cfg.Sessions, Records: r.records, Log: r.cfg.Log,
+			ServiceNetwork: n.Services, NodePorts: r.cfg.NodePorts, Resumption: r.cfg.Sessions, Records: r.records, Log: r.cfg.Log,
 		},
 		root, tokenreview.New(tokenreview.Config{
 			Reviews: r.clients.review.AuthenticationV1().TokenReviews(), Keys: tokenreview.JWKS(r.clients.watch.Discovery().RESTClient()), Log: r.cfg.Log,

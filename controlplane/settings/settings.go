@@ -32,6 +32,8 @@ type Settings struct {
 	ServiceNetworks []string `json:"serviceNetworks,omitempty"`
 	// NodeAddresses are addresses from which every node may speak to its pods, beside its own.
 	NodeAddresses []string `json:"nodeAddresses,omitempty"`
+	// NodePorts is the API server's --service-node-port-range, "30000-32767"; "": that one.
+	NodePorts string `json:"nodePorts,omitempty"`
 	// SystemNamespaces never get sidecars; Namespace and kube-system need not be named.
 	SystemNamespaces []string `json:"systemNamespaces,omitempty"`
 	// InjectByDefault gives sidecars to namespaces without a label too.
@@ -86,6 +88,9 @@ func (s *Settings) Check() error {
 	if _, err := s.NodeAddrs(); err != nil {
 		return err
 	}
+	if _, err := s.NodePortRange(); err != nil {
+		return err
+	}
 	c, err := s.Inject()
 	if err != nil {
 		return err
@@ -131,6 +136,18 @@ func (s *Settings) NodeAddrs() (out []netip.Addr, err error) {
 		out = append(out, a.Unmap())
 	}
 	return out, nil
+}
+
+// NodePortRange is NodePorts.
+func (s *Settings) NodePortRange() (verdict.PortRange, error) {
+	if s.NodePorts == "" {
+		return verdict.DefaultNodePorts, nil
+	}
+	r, err := verdict.ParsePortRange(s.NodePorts)
+	if err != nil {
+		return r, fmt.Errorf("nodePorts: %w", err)
+	}
+	return r, nil
 }
 
 // Address is where sidecars find the control plane.

@@ -18,6 +18,7 @@ mtls: strict
 podNetworks: [10.0.0.0/8]
 serviceNetworks: ["fd00::/108"]
 nodeAddresses: ["::ffff:192.0.2.1"]
+nodePorts: 20000-20999
 systemNamespaces: [kube-public]
 sidecar: {resources: {requests: {cpu: 20m}}, concurrency: 2, drainTimeout: 7s}
 `))
@@ -35,8 +36,9 @@ sidecar: {resources: {requests: {cpu: 20m}}, concurrency: 2, drainTimeout: 7s}
 	pods, services, _ := s.Networks()
 	nodes, _ := s.NodeAddrs()
 	mode, _ := s.Mode()
-	got := []string{pods[0].String(), services[0].String(), nodes[0].String(), mode.String()}
-	if diff := cmp.Diff([]string{"10.0.0.0/8", netip.MustParsePrefix("fd00::/108").String(), "192.0.2.1", "strict"}, got); diff != "" {
+	ports, _ := s.NodePortRange()
+	got := []string{pods[0].String(), services[0].String(), nodes[0].String(), ports.String(), mode.String()}
+	if diff := cmp.Diff([]string{"10.0.0.0/8", netip.MustParsePrefix("fd00::/108").String(), "192.0.2.1", "20000-20999", "strict"}, got); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -44,6 +46,7 @@ sidecar: {resources: {requests: {cpu: 20m}}, concurrency: 2, drainTimeout: 7s}
 func TestRefused(t *testing.T) {
 	for add, want := range map[string]string{
 		"trustdomain: x": "unknown field", "mtls: off": "mtls", "podNetworks: [10.0.0.1/8]": "podNetworks[0]", "nodeAddresses: [fe80::1%eth0]": "nodeAddresses[0]",
+		"nodePorts: 2-1": "nodePorts: \"2-1\" is not", "nodePorts: 0-9": "nodePorts", "nodePorts: 1-65536": "nodePorts", "nodePorts: 1+5": "nodePorts",
 		"capture: pod": "capture", "podSecurity: on": "podSecurity", "image: ''": "already set", "sidecar: {concurrency: -1}": "concurrency",
 	} {
 		if _, err := Read([]byte(least + add)); err == nil || !strings.Contains(err.Error(), want) {

@@ -33,6 +33,7 @@ imagePullSecrets: [one, two]
 systemNamespaces: []
 podNetworks: [10.244.0.0/16, "fd00::/48"]
 nodeAddresses: [10.244.0.1]
+nodePorts: 20000-20999
 sidecar: {concurrency: 4, resources: {requests: {cpu: "1", memory: 1Gi}, limits: null}, drainTimeout: 1m}
 controlPlane:
   replicas: 3

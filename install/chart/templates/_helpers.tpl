@@ -16,6 +16,7 @@ mtls: {{ .Values.mtls }}
 podNetworks: {{ toJson .Values.podNetworks }}
 serviceNetworks: {{ toJson .Values.serviceNetworks }}
 nodeAddresses: {{ toJson .Values.nodeAddresses }}
+nodePorts: {{ .Values.nodePorts | quote }}
 systemNamespaces: {{ toJson .Values.systemNamespaces }}
 injectByDefault: {{ .Values.injectByDefault }}
 capture: {{ .Values.capture }}
