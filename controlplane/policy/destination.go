@@ -123,8 +123,7 @@ func (x *Index) Admitted(client string, d Destination) []Endpoint {
 func (x *Index) admitted(client string, d Destination) (out []Endpoint, own bool) {
 	out = make([]Endpoint, 0, len(d.Endpoints))
 	if len(d.Sources) > 0 {
-		own = true
-		if !x.comesFrom(client, d) {
+		if own = true; !x.ComesFrom(client, d) {
 			return out, own
 		}
 	}
@@ -142,10 +141,10 @@ func (x *Index) admitted(client string, d Destination) (out []Endpoint, own bool
 	return out, own
 }
 
-// comesFrom reports whether a client's address is of the ranges from which clients may come.
-func (x *Index) comesFrom(client string, d Destination) bool {
+// ComesFrom reports whether a client pod ("namespace/name") has an address in the ranges from which clients may come to a destination (Destination.Sources).
+func (x *Index) ComesFrom(client string, d Destination) bool {
 	p := x.pods[client]
-	return p != nil && slices.ContainsFunc(d.Sources, func(n netip.Prefix) bool { return slices.ContainsFunc(p.ips, n.Contains) })
+	return len(d.Sources) == 0 || p != nil && slices.ContainsFunc(d.Sources, func(n netip.Prefix) bool { return slices.ContainsFunc(p.ips, n.Contains) })
 }
 
 // stick chooses by rendezvous hashing: the endpoint of which the hash with the client's address is the greatest. The port is

@@ -81,8 +81,11 @@ func (r *reader) trafficDistribution(s *discoveryv1.EndpointSlice) string {
 
 // noteServices says what of Services cannot be tried here.
 func (r *reader) noteServices() {
-	var names, proxies []string
+	var names, proxies, ranges []string
 	for _, s := range r.services {
+		if len(s.Spec.LoadBalancerSourceRanges) > 0 && len(s.Status.LoadBalancer.Ingress) > 0 {
+			ranges = append(ranges, s.Namespace+"/"+s.Name)
+		}
 		switch {
 		case s.Spec.Type == corev1.ServiceTypeExternalName:
 			names = append(names, s.Namespace+"/"+s.Name)
@@ -94,6 +97,9 @@ func (r *reader) noteServices() {
 	}
 	if len(names) > 0 {
 		r.warn("Services of type ExternalName have no address that could be tried: a connection is judged by ipBlock, at the address that the name resolves to: %s", strings.Join(names, ", "))
+	}
+	if len(ranges) > 0 {
+		r.warn("loadBalancerSourceRanges are kept by sidecars only; here nobody does it for pods without one: %s", strings.Join(ranges, ", "))
 	}
 	if len(proxies) > 0 {
 		r.warn("load balancers that are proxies (status.loadBalancer.ingress with a hostname, or ipMode: Proxy) are not tried; from inside, a connection there is judged by ipBlock: %s",

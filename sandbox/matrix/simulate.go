@@ -60,6 +60,10 @@ func decide(x *policy.Index, a Attempt) Connection {
 		c.fill(answer{policy.Answer{Reason: verdict.Reason{Text: absence(d)}}, ByNobody})
 		return c
 	}
+	if pod.Sidecar && !x.ComesFrom(a.From, d) {
+		c.fill(answer{policy.Answer{Reason: verdict.Reason{Text: fmt.Sprintf("service %s takes no client from there at its load balancer (loadBalancerSourceRanges)", d.Service)}}, ByNobody})
+		return c
+	}
 	var allowed, denied []answer
 	for _, e := range d.Endpoints {
 		ans := answer{x.Answer(a.From, a.Protocol, e.Addr), enforcedBy(a.Protocol, pod, e)}
