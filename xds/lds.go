@@ -119,19 +119,6 @@ func Outbound(v *verdict.Verdicts, n *verdict.Network) *listenerv3.Listener {
 	return l
 }
 
-// external leads to the services at external addresses, by port. An address that is not listed under a port falls to what comes after the map of ports.
-func external(services []netip.AddrPort) map[string]*matcherv3.Matcher_OnMatch {
-	at := map[uint16][]route{}
-	for _, s := range services {
-		at[s.Port()] = append(at[s.Port()], route{netip.PrefixFrom(s.Addr(), s.Addr().BitLen()), chain(names.ChainMesh), names.ChainMesh})
-	}
-	out := make(map[string]*matcherv3.Matcher_OnMatch, len(at)+1)
-	for port, routes := range at {
-		out[strconv.Itoa(int(port))] = then(trie(destinationIP(), routes, nil))
-	}
-	return out
-}
-
 // nodePorts takes connections to node ports out: behind those a node balances, so that they are destinations like cluster IPs, and policy speaks of
 // their endpoints. If the node did it the endpoint would see the node's address, which it always admits if it is on that node.
 func nodePorts(ports verdict.PortRange, otherwise *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {

@@ -38,10 +38,10 @@
 //
 //   - A source address. Whoever gets answers sent to the node's address, a neighbour on the same bridge with CAP_NET_RAW who poses as the
 //     gateway, was admitted before and is now. Who only sends gets a half-open connection, in the app's queue now instead of Envoy's.
-//   - What a service proxy sends on from the node with the node's own address (node ports, externalTrafficPolicy Cluster) is admitted like the node.
-//     Clients with a sidecar do not come that way: node ports are destinations of their sidecars, at every node.
+//   - What a service proxy sends on from the node with the node's own address (node ports, external addresses, externalTrafficPolicy Cluster) is
+//     admitted like the node. Clients with a sidecar do not come that way: these are destinations of their sidecars.
 //   - Entries begun from outside let answers pass, and an app can send "answers" of its own. To the node it may send anything but what goes to
-//     node ports, so segments that come from such a port are redirected like everybody's.
+//     node ports and to services at its addresses, so segments that come from such a port are redirected like everybody's.
 //   - An address that is the node's no more is captured from then on, and connections that it has open are cut. The app's end notices when
 //     it sends something.
 //
