@@ -33,17 +33,17 @@ spec: {nodeName: n1, containers: [{name: c, image: i}]}
 apiVersion: v1
 kind: Pod
 metadata: {name: api-0, namespace: shop, labels: {app: api, group: g, replica: "0"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}]}]}
+spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: api-1, namespace: shop, labels: {app: api, replica: "1"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}]}]}
+spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: api-2, namespace: shop, labels: {app: api, replica: "2"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}]}]}
+spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -117,7 +117,7 @@ kind: Service
 metadata: {name: front, namespace: shop}
 spec:
   {type: LoadBalancer, externalTrafficPolicy: Local, internalTrafficPolicy: Local, selector: {app: api}, externalIPs: [203.0.113.7, "2001:db8::7", 10.64.0.1, "fd00:10:64::1"],
-   ports: [{name: web, port: 80, targetPort: 8080}, {name: db, port: 5432}]}
+   ports: [{name: web, port: 80, targetPort: 8080}, {name: db, port: 5432}, {name: dns, port: 53, protocol: UDP, targetPort: 5353}]}
 status: {loadBalancer: {ingress: [{ip: 192.0.2.80}, {ip: "2001:db8::80", ipMode: VIP}]}}
 ---
 apiVersion: v1
