@@ -3,6 +3,8 @@ package incluster
 import (
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -22,12 +24,13 @@ func TestExternalAddresses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node := ""
-	for _, a := range n.Status.Addresses {
-		if a.Type == corev1.NodeInternalIP {
-			node = a.Address
-		}
+	internal := slices.IndexFunc(n.Status.Addresses, func(a corev1.NodeAddress) bool {
+		return a.Type == corev1.NodeInternalIP && !strings.Contains(a.Address, ":") // the Services have cluster IPs of IPv4 alone
+	})
+	if internal < 0 {
+		t.Fatalf("node2 has no IPv4 address: %v", n.Status.Addresses)
 	}
+	node := n.Status.Addresses[internal].Address
 	p.apply(fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
