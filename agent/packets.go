@@ -92,8 +92,10 @@ func (p *packets) enforce(next *verdict.Packets) error {
 	before, known := p.current, p.known
 	p.current, p.known = next, true
 	switch {
-	case !known || packet.Releads(before, next):
-		p.forgetIn(p.forget.services)
+	case !known || packet.Misleads(before, next):
+		p.forgetIn(p.forget.misled)
+	case packet.Releads(before, next):
+		p.forgetIn(p.forget.stuck)
 	case !packet.Widens(before, next):
 		p.forgetIn(p.forget.others + rand.N(p.forget.others))
 	}
@@ -104,13 +106,15 @@ func (p *packets) enforce(next *verdict.Packets) error {
 // netfilter.Forget), which costs as much as many edits and which nothing may interrupt: so that is done once for all the policies that come
 // meanwhile, and Envoy gets its share of the processor before.
 type forgetting struct {
-	// services is for flows that are to be led to another endpoint: they go to the old one before, or nowhere.
-	services time.Duration
+	// misled is for flows of services that are to go to another endpoint than theirs.
+	misled time.Duration
+	// stuck is for those that went nowhere, and may go to an endpoint now.
+	stuck time.Duration
 	// others is for those that end. Twice that at most, so that not all pods of a node read the table at once.
 	others time.Duration
 }
 
-var defaultForgetting = forgetting{services: 50 * time.Millisecond, others: 5 * time.Second}
+var defaultForgetting = forgetting{misled: 50 * time.Millisecond, stuck: time.Second, others: 5 * time.Second}
 
 // forgetIn has run read conntrack then, if it is not to do so earlier.
 func (p *packets) forgetIn(d time.Duration) {
@@ -162,7 +166,7 @@ func (p *packets) run(ctx context.Context) error {
 		}
 		p.logger.Error("agent: conntrack keeps flows that policy does not allow any more", "cause", err)
 		p.mu.Lock()
-		p.forgetIn(p.forget.services << failures)
+		p.forgetIn(p.forget.misled << failures)
 		p.mu.Unlock()
 	}
 }

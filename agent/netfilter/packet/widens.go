@@ -39,6 +39,31 @@ func Releads(before, next *verdict.Packets) bool {
 	return false
 }
 
+// Misleads reports whether a policy that takes the place of another finds flows of services under way that are to go elsewhere: to another endpoint
+// than theirs, or past one to what is no endpoint any more and may be reached. Of the others that Releads speaks of none gets through.
+func Misleads(before, next *verdict.Packets) bool {
+	for i := range before.Services {
+		was := &before.Services[i]
+		var endpoints []netip.AddrPort
+		if is := next.Service(was.Protocol, was.Addr); is != nil {
+			endpoints = is.Endpoints
+		}
+		for _, e := range was.Endpoints {
+			if _, found := slices.BinarySearchFunc(endpoints, e, netip.AddrPort.Compare); !found &&
+				(len(endpoints) > 0 || next.AllowsEgress(was.Protocol, e.Port(), e.Addr())) {
+				return true
+			}
+		}
+	}
+	for i := range next.Services {
+		is := &next.Services[i]
+		if before.Service(is.Protocol, is.Addr) == nil && before.AllowsEgress(is.Protocol, is.Addr.Port(), is.Addr.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
 // covered reports whether blocks admit, port by port, all that others do.
 func covered(before, next []verdict.PacketBlock) bool {
 	for i := range before {

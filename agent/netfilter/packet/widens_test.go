@@ -57,24 +57,31 @@ func TestReleads(t *testing.T) {
 	}
 	none := &verdict.Packets{}
 	admitted := &verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.1.0.0/16")}}
+	reachable := &verdict.Packets{Egress: []verdict.PacketBlock{udp(53, 53, "10.0.0.1/32")}}
 	for _, c := range []struct {
 		what         string
 		before, next *verdict.Packets
 		want         bool
+		misleads     bool
 	}{
-		{"the same", to(one, two), to(one, two), false},
-		{"an endpoint more", to(two), to(one, two), false},
-		{"an endpoint less", to(one, two), to(two), true},
-		{"another endpoint", to(one), to(two), true},
-		{"a service less", to(one), none, true},
-		{"a service more, without endpoints", none, to(), false},
-		{"a service more, to which there may have been flows", none, to(one), true},
-		{"a service that had no endpoints", to(), to(one), true},
-		{"a service more, to which there may be flows", admitted, to(one), true},
-		{"no service", none, admitted, false},
+		{"the same", to(one, two), to(one, two), false, false},
+		{"an endpoint more", to(two), to(one, two), false, false},
+		{"an endpoint less", to(one, two), to(two), true, true},
+		{"another endpoint", to(one), to(two), true, true},
+		{"no endpoint any more", to(one), to(), true, false},
+		{"a service less", to(one), none, true, false},
+		{"a service less, whose endpoint may be reached", to(one), reachable, true, true},
+		{"a service more, without endpoints", none, to(), false, false},
+		{"a service more, to which there may have been flows", none, to(one), true, false},
+		{"a service that had no endpoints", to(), to(one), true, false},
+		{"a service more, to which there may be flows", admitted, to(one), true, true},
+		{"no service", none, admitted, false, false},
 	} {
 		if got := Releads(c.before, c.next); got != c.want {
 			t.Errorf("%s: %v", c.what, got)
+		}
+		if got := Misleads(c.before, c.next); got != c.misleads {
+			t.Errorf("%s: misleads: %v", c.what, got)
 		}
 		if c.want && Widens(c.before, c.next) {
 			t.Errorf("%s: nothing is to be forgotten", c.what)
