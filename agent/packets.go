@@ -42,7 +42,7 @@ type packets struct {
 
 // closePackets closes the pod to UDP and SCTP.
 func closePackets(logger *slog.Logger) (*packets, error) {
-	table, closed := packet.OpenTable(), &verdict.Packets{}
+	table, closed := packet.OpenTable(logger), &verdict.Packets{}
 	if err := table.Apply(closed); err != nil {
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func closePackets(logger *slog.Logger) (*packets, error) {
 // adoptPackets closes the pod to UDP and SCTP where nobody has written the table yet. What an agent before this one was told stays in force
 // until more is known.
 func adoptPackets(logger *slog.Logger) (*packets, error) {
-	table := packet.OpenTable()
+	table := packet.OpenTable(logger)
 	there, err := table.There()
 	if err != nil {
 		return nil, err

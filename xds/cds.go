@@ -114,8 +114,8 @@ const (
 // OnDemand is the cluster for one destination as one identity may reach it. Each endpoint must prove the very SAN that is expected
 // of it. Without endpoints every connection is closed at once.
 //
-// The cluster's own transport socket is that of the first identity, and only the others have a match: a TLS context is most of what a
-// cluster costs Envoy. An endpoint that matches none is so never reached in plaintext where any endpoint has a sidecar.
+// The cluster's own transport socket is that of the first identity, and only the others have a match, so that Envoy makes one TLS context for each
+// identity and none that nobody passes. An endpoint that matches none is so never reached in plaintext where any endpoint has a sidecar.
 func OnDemand(name string, endpoints []Endpoint, sessions Resumption) *clusterv3.Cluster {
 	c := static(name, nil)
 	c.AltStatName = names.OnDemandStats

@@ -68,7 +68,8 @@ func (b Bootstrap) JSON() ([]byte, error) {
 			},
 		}}},
 		// The stats of on-demand clusters are much of what such a cluster costs, and nobody reads them: flows tell more. Those of the others
-		// are made when there is something to count. Envoy compares a prefix that ends with a point without making each stat's name a string.
+		// are made when there is something to count. Envoy compares a prefix that ends with a point without making each stat's name a string
+		// (source/common/stats/stats_matcher_impl.cc).
 		"deferred_stat_options": object{"enable_deferred_creation_stats": true},
 		"stats_config": object{"stats_matcher": object{"exclusion_list": object{"patterns": list{
 			object{"prefix": "cluster." + names.OnDemandStats + "."},

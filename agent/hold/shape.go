@@ -113,7 +113,7 @@ func (s *shape) writeAll() error {
 	for _, c := range list { // first all of them, without rules: rules name chains
 		s.conn.AddChain(c.Chain)
 	}
-	addRules(s.conn, list)
+	netfilter.AddRules(s.conn, list)
 	return s.conn.Flush()
 }
 
@@ -227,7 +227,7 @@ func (s *shape) lead(j judging) error {
 		s.conn.AddChain(c.Chain)
 	}
 	s.conn.FlushChain(j.chains[0].Chain)
-	addRules(s.conn, j.chains)
+	netfilter.AddRules(s.conn, j.chains)
 	return s.conn.Flush()
 }
 
@@ -241,14 +241,6 @@ func addSets(conn *nftables.Conn, sets []addressSet) error {
 		}
 	}
 	return nil
-}
-
-func addRules(conn *nftables.Conn, chains []netfilter.Chain) {
-	for _, c := range chains {
-		for _, exprs := range c.Rules {
-			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c.Chain, Exprs: exprs})
-		}
-	}
 }
 
 // check compares the table with what was written.

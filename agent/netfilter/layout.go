@@ -113,6 +113,15 @@ func (w Chain) check(conn *nftables.Conn, got *nftables.Chain) error {
 	return nil
 }
 
+// AddRules adds the rules of chains, which are there or come with the same transaction, to it.
+func AddRules(conn *nftables.Conn, chains []Chain) {
+	for _, c := range chains {
+		for _, exprs := range c.Rules {
+			conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c.Chain, Exprs: exprs})
+		}
+	}
+}
+
 // SameRules reports whether two lists of rules would be the same to the kernel. The error is of a rule that it would not take.
 func SameRules(a, b [][]expr.Any) (bool, error) {
 	if len(a) != len(b) {

@@ -68,9 +68,7 @@ func (rs *Ruleset) write(conn *nftables.Conn) error {
 			return err
 		}
 	}
-	for i := range rs.Chains {
-		addRules(conn, &rs.Chains[i])
-	}
+	netfilter.AddRules(conn, rs.Chains)
 	return conn.Flush()
 }
 
@@ -81,12 +79,6 @@ func (s *Set) addElements(conn *nftables.Conn) error {
 		}
 	}
 	return nil
-}
-
-func addRules(conn *nftables.Conn, c *Chain) {
-	for _, exprs := range c.Rules {
-		conn.AddRule(&nftables.Rule{Table: c.Table, Chain: c.Chain, Exprs: exprs})
-	}
 }
 
 // clear adds the table, and to the same transaction what empties the one that there is, but for base chains that stay.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 
@@ -17,12 +18,13 @@ import (
 // Table is the table in the network namespace of the thread that first uses it. One goroutine at a time may use it; nobody else may write
 // the table beside it, but see [netfilter.Guard].
 type Table struct {
+	logger  *slog.Logger
 	conn    *netfilter.Conn
 	written *Ruleset // what the kernel took last from here, but for the peers, whose names say enough; nil: there is no telling what it has
 }
 
 // OpenTable returns a table that nothing has been written to. There may be one already.
-func OpenTable() *Table { return &Table{conn: Open()} }
+func OpenTable(logger *slog.Logger) *Table { return &Table{logger: logger, conn: Open()} }
 
 // Apply enforces a packet policy in place of the one before, in one transaction that holds only what differs from what was written last. Where it
 // fails, the one before stays in force.
@@ -34,13 +36,14 @@ func (t *Table) Apply(p *verdict.Packets) error {
 	before := t.written
 	t.written = nil
 	if before != nil {
-		err = t.conn.Do(func(conn *nftables.Conn) error { return next.change(conn, before) })
+		if err = t.conn.Do(func(conn *nftables.Conn) error { return next.change(conn, before) }); err != nil { // somebody may have changed what that rests on
+			t.logger.Warn("packets: the table cannot be changed, writing all of it", "table", TableName, "cause", err)
+		}
 	}
-	if before == nil || err != nil { // somebody may have changed what the difference rests on
-		err = next.Apply(t.conn)
-	}
-	if err != nil {
-		return err
+	if before == nil || err != nil {
+		if err = next.Apply(t.conn); err != nil {
+			return err
+		}
 	}
 	next.forgetPeers()
 	t.written = next
@@ -89,9 +92,8 @@ func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 	for i := range before.Chains {
 		chains[before.Chains[i].Name] = &before.Chains[i]
 	}
-	var newChains, newRules []*Chain
-	for i := range rs.Chains {
-		c := &rs.Chains[i]
+	var newChains, newRules []Chain
+	for _, c := range rs.Chains {
 		was := chains[c.Name]
 		delete(chains, c.Name)
 		if was == nil {
@@ -150,9 +152,7 @@ func (rs *Ruleset) change(conn *nftables.Conn, before *Ruleset) error {
 			return err
 		}
 	}
-	for _, c := range newRules {
-		addRules(conn, c)
-	}
+	netfilter.AddRules(conn, newRules)
 	return conn.Flush()
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -137,7 +138,7 @@ func TestApplyAfterSomebodyElse(t *testing.T) {
 		"everything gone": func() { meddler.FlushRuleset() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			table := OpenTable()
+			table := OpenTable(slog.New(slog.DiscardHandler))
 			t.Cleanup(table.Close)
 			t.Cleanup(func() { _ = Remove(kernel(t)) })
 			if err := table.Apply(first); err != nil {

@@ -3,6 +3,7 @@ package packet
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -342,7 +343,7 @@ func TestNoGapWhileReplacing(t *testing.T) {
 			}
 		}
 	})
-	conn, table := kernel(t), OpenTable()
+	conn, table := kernel(t), OpenTable(slog.New(slog.DiscardHandler))
 	t.Cleanup(table.Close)
 	for name, replace := range map[string]func(*verdict.Packets) error{
 		"whole":       func(p *verdict.Packets) error { return Apply(conn, p) },
