@@ -55,7 +55,7 @@ keeps the next step from being taken: delete it.
 Without --wait it takes what steps can be taken now, and says what the next one waits for: run it again then. Whoever runs it goes on with what is under way,
 wherever it was interrupted; several at once do no harm. It takes the rights of mantlet status, and to get and update the Secret with the root.
 
-It exits with 0 where the rotation is complete, with 1 where it waits, and with 2 where it cannot go on or cannot tell.`,
+It exits with 0 where all steps are taken (with --wait: where every sidecar has the last), with 1 where it waits, and with 2 where it cannot go on or cannot tell.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
@@ -147,6 +147,15 @@ func caHinted(err error) error {
 // rotateAgain is between two looks while a step is waited for.
 const rotateAgain = 2 * time.Second
 
+// taken is what is said of the step that follows one.
+var taken = map[authority.Step]string{
+	authority.Settled:   "a new root is made, and step 1 of 3 is written",
+	authority.Prepared:  "step 2 of 3 is written",
+	authority.Activated: "step 3 of 3 is written",
+}
+
+var errInterrupted = &exit{notEverywhere, errors.New("the rotation is not complete; the step that was reached stays in force, which is no harm\n  hint: run it again, and it goes on from there")}
+
 func (f *caFlags) rotate(ctx context.Context, progress io.Writer) error {
 	r, err := f.open()
 	if err != nil {
@@ -161,35 +170,38 @@ func (f *caFlags) rotate(ctx context.Context, progress io.Writer) error {
 	defer again.Stop()
 	for said, begun := "", false; ; {
 		p, err := r.Look(ctx)
+		var waits string
 		switch {
-		case err != nil && ctx.Err() == nil && (!f.wait || !begun):
+		case ctx.Err() != nil:
+			return errInterrupted
+		case err != nil && begun && f.wait: // a replica restarts, or the API server does
+			waits = err.Error()
+		case err != nil:
 			return &exit{cannotTell, caHinted(err)}
-		case err == nil && begun && p.Complete():
+		case begun && p.Complete():
 			fmt.Fprintln(progress, "the rotation is complete: every sidecar trusts the new root alone")
 			return nil
-		case err == nil && (!begun || p.Step != authority.Settled):
-			if err = r.Advance(ctx, p); err == nil {
+		case begun && p.Step == authority.Settled:
+			waits = "step 3 of 3, the new root alone is trusted: " + p.Missing()
+			if !f.wait {
+				fmt.Fprintln(progress, "sidecars follow with their next certificates (mantlet ca status tells)")
+				return nil
+			}
+		default:
+			begun = begun || p.Step != authority.Settled // by somebody before
+			err := r.Advance(ctx, p)
+			if err == nil {
 				begun = true
-				fmt.Fprintln(progress, map[authority.Step]string{
-					authority.Settled:   "a new root is made, and step 1 of 3 is written",
-					authority.Prepared:  "step 2 of 3 is written",
-					authority.Activated: "step 3 of 3 is written",
-				}[p.Step])
+				fmt.Fprintln(progress, taken[p.Step])
 				continue
 			}
 			if !errors.Is(err, rotation.ErrWaits) {
 				return &exit{cannotTell, caHinted(err)}
 			}
-			begun = begun || p.Step != authority.Settled
-		case err == nil:
-			err = errors.New("step 3 of 3, the new root alone is trusted: " + p.Missing())
-			if !f.wait {
-				fmt.Fprintln(progress, "sidecars follow with their next certificates (mantlet ca status tells)")
-				return nil
-			}
+			waits = err.Error()
 		}
-		if text := err.Error(); text != said && ctx.Err() == nil {
-			said = text
+		if waits != said {
+			said = waits
 			fmt.Fprintln(progress, said)
 		}
 		if !f.wait {
@@ -198,7 +210,7 @@ func (f *caFlags) rotate(ctx context.Context, progress io.Writer) error {
 		select {
 		case <-again.C:
 		case <-ctx.Done():
-			return &exit{notEverywhere, errors.New("the rotation is not complete; the step that was reached stays in force, which is no harm\n  hint: run it again, and it goes on from there")}
+			return errInterrupted
 		}
 	}
 }

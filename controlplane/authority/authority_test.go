@@ -12,45 +12,19 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// apiServer is a real API server that lasts as long as the test.
-func apiServer(t *testing.T) (*rest.Config, kubernetes.Interface) {
-	t.Helper()
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	api, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	api.QPS, api.Burst = 1000, 1000
-	c, err := kubernetes.NewForConfig(api)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return api, c
-}
-
 // TestAuthority: replicas that start at once share one root, which survives them; the steps of a rotation reach each of them, and its
 // bundle every namespace; what somebody breaks is mended.
 func TestAuthority(t *testing.T) {
-	_, c := apiServer(t)
+	c := apitest.Client(t, apitest.Start(t, cluster.APIServerOptions{}))
 	namespace := func(name string) {
 		t.Helper()
 		if _, err := c.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {

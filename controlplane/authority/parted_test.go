@@ -19,6 +19,8 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 // late holds what creates Secrets back until it is let go, as a network may.
@@ -56,7 +58,8 @@ func (l *logged) String() string {
 // TestParted: a replica that has just started makes another root after the Secret was deleted, before one that runs has made it again. The one that
 // runs says so and ends, and starts again with the other's root. An edit that would part workloads ends nobody.
 func TestParted(t *testing.T) {
-	api, c := apiServer(t)
+	s := apitest.Start(t, cluster.APIServerOptions{})
+	api, c := apitest.Config(t, s), apitest.Client(t, s)
 	gate := &late{arrived: make(chan struct{}), release: make(chan struct{})}
 	slow := rest.CopyConfig(api)
 	slow.Wrap(func(rt http.RoundTripper) http.RoundTripper { gate.RoundTripper = rt; return gate })

@@ -15,11 +15,13 @@ import (
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/identity/ca"
+	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 // TestSteps: each step is read back from the Secret, nobody writes over what somebody else has written, and what cannot be gone on with is said.
 func TestSteps(t *testing.T) {
-	_, c := apiServer(t)
+	c := apitest.Client(t, apitest.Start(t, cluster.APIServerOptions{}))
 	ctx := t.Context()
 	if _, err := c.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: names.SystemNamespace}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)

@@ -30,7 +30,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 
 	"github.com/mantlet/mantlet/controlplane/inject/names"
@@ -40,6 +39,7 @@ import (
 	"github.com/mantlet/mantlet/identity/svid"
 	"github.com/mantlet/mantlet/install"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 	"github.com/mantlet/mantlet/verdict"
 	"github.com/mantlet/mantlet/verdict/wire"
 	xdsnames "github.com/mantlet/mantlet/xds/names"
@@ -57,28 +57,14 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	w := &world{t: t, config: s.Kubeconfig()}
-	w.api, err = clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
-	w.must(err)
-	mine := rest.CopyConfig(w.api)
-	mine.QPS, mine.Burst = 1000, 1000
-	w.client, err = kubernetes.NewForConfig(mine)
-	w.must(err)
+	s := apitest.Start(t, cluster.APIServerOptions{})
+	w := &world{t: t, config: s.Kubeconfig(), api: apitest.Config(t, s), client: apitest.Client(t, s)}
 	for _, name := range []string{"shop", names.SystemNamespace} {
 		_, err := w.client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
 		w.must(err)
 	}
 	w.grant()
-	_, err = w.client.CoreV1().ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
+	_, err := w.client.CoreV1().ServiceAccounts("shop").Create(t.Context(), &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{})
 	w.must(err)
 	_, err = w.client.CoreV1().Nodes().Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.64.0.0/24"}}}, metav1.CreateOptions{})
 	w.must(err)

@@ -16,11 +16,10 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/identity/attest"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -64,23 +63,8 @@ func forge(t *testing.T, token string) string {
 
 // TestAPIServer: a token that a real API server gave is good for the pod that it is bound to, for our audience and no other, while the pod is there.
 func TestAPIServer(t *testing.T) {
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	}()
-	api, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := kubernetes.NewForConfig(api)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := apitest.Start(t, cluster.APIServerOptions{})
+	c := apitest.Client(t, s)
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "api"}}
 	if _, err := c.CoreV1().ServiceAccounts("default").Create(t.Context(), account, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)

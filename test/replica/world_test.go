@@ -22,12 +22,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/agent"
 	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/sandbox/netns"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 const (
@@ -97,22 +97,8 @@ func newWorld(t testing.TB) *world {
 			t.Error(err)
 		}
 	})
-	if w.server, err = cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := w.server.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	cfg, err := clientcmd.BuildConfigFromFlags("", w.server.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.QPS, cfg.Burst = 1000, 1000
-	if w.client, err = kubernetes.NewForConfig(cfg); err != nil {
-		t.Fatal(err)
-	}
+	w.server = apitest.Start(t, cluster.APIServerOptions{})
+	w.client = apitest.Client(t, w.server)
 	ctx := t.Context()
 	for _, name := range []string{"shop", names.SystemNamespace} {
 		_, err := w.client.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})

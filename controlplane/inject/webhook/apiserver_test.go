@@ -25,7 +25,6 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/restmapper"
-	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 
 	"github.com/mantlet/mantlet/controlplane/inject"
@@ -34,6 +33,7 @@ import (
 	"github.com/mantlet/mantlet/identity/ca"
 	"github.com/mantlet/mantlet/install"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 	"github.com/mantlet/mantlet/xds/proxyuser"
 )
 
@@ -67,20 +67,10 @@ func (w *world) warned() string {
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	w := &world{t: t}
-	if w.config, err = clientcmd.BuildConfigFromFlags("", s.Kubeconfig()); err != nil {
-		t.Fatal(err)
-	}
+	s := apitest.Start(t, cluster.APIServerOptions{Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	w := &world{t: t, config: apitest.Config(t, s)}
 	w.config.QPS, w.config.WarningHandler = -1, w
+	var err error
 	if w.api, err = kubernetes.NewForConfig(w.config); err != nil {
 		t.Fatal(err)
 	}

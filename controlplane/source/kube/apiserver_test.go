@@ -14,44 +14,19 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/test/cluster"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 // patience is how long something may take to arrive: an informer that was cut off waits up to half a minute before it asks again.
 const patience = 90 * time.Second
 
-// startAPI starts an API server for a test.
-func startAPI(t *testing.T) (*cluster.APIServer, kubernetes.Interface) {
-	t.Helper()
-	s, err := cluster.StartAPIServer(t.Context(), cluster.APIServerOptions{Flags: []string{"--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	return s, client(t, s)
-}
-
-// client is one with connections of its own, which end with the test.
-func client(t *testing.T, s *cluster.APIServer) kubernetes.Interface {
-	t.Helper()
-	cfg, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig())
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg.QPS, cfg.Burst = 1000, 1000
-	c, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
+// dualStack is an API server whose Services have addresses of both families.
+func dualStack(t *testing.T) *cluster.APIServer {
+	return apitest.Start(t, cluster.APIServerOptions{Flags: []string{"--service-cluster-ip-range=10.96.0.0/16,fd00:10:96::/112"}})
 }
 
 // run runs a Source until the test ends, and returns the Target once it has everything.
@@ -207,11 +182,12 @@ func asInCluster(t *testing.T, example string) (m *source.Manifests, cluster []m
 // TestAPIServer: the objects of an example give the same verdicts from an API server as from manifests, whether they were there at first or come one
 // after the other; and an API server that is restarted while they change loses nothing.
 func TestAPIServer(t *testing.T) {
-	s, c := startAPI(t)
+	s := dualStack(t)
+	c := apitest.Client(t, s)
 	m, objects := asInCluster(t, "../../../examples/shop")
 	half := len(objects) / 2
 	write(t, c, objects[:half]...)
-	r := run(t, Config{Client: client(t, s), Networks: Networks{Pods: m.PodNetwork}})
+	r := run(t, Config{Client: apitest.Client(t, s), Networks: Networks{Pods: m.PodNetwork}})
 	services := m.Objects.Services
 	wanted := func() map[string]string {
 		w, err := record(r.ranges(), &m.Objects)

@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
+	"github.com/mantlet/mantlet/test/cluster/apitest"
 )
 
 var (
@@ -31,13 +32,14 @@ func TestRandomChanges(t *testing.T) {
 		*seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("-seed %d", *seed)
-	s, c := startAPI(t)
+	s := dualStack(t)
+	c := apitest.Client(t, s)
 	given := Networks{Pods: []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16")}}
 	d := &dice{rand.New(rand.NewPCG(*seed, 1))}
 	for _, n := range []string{"a", "b", "c"} {
 		write(t, c, d.namespace(n))
 	}
-	watcher := run(t, Config{Client: client(t, s), Networks: given})
+	watcher := run(t, Config{Client: apitest.Client(t, s), Networks: given})
 	restarts := map[int]bool{*changes / 3: true, *changes * 2 / 3: true}
 	for i := range *changes {
 		if restarts[i] {
@@ -49,7 +51,7 @@ func TestRandomChanges(t *testing.T) {
 			t.Fatalf("change %d: %v", i, err)
 		}
 	}
-	lister := run(t, Config{Client: client(t, s), Networks: given})
+	lister := run(t, Config{Client: apitest.Client(t, s), Networks: given})
 	list, err := c.CoreV1().Services(metav1.NamespaceAll).List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
