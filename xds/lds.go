@@ -103,7 +103,7 @@ func Outbound(v *verdict.Verdicts, n *verdict.Network) *listenerv3.Listener {
 	l := capturing(names.Outbound, names.OutboundPort)
 	l.TrafficDirection = corev3.TrafficDirection_OUTBOUND
 	l.ListenerFilters = []*listenerv3.ListenerFilter{originalDst()}
-	l.AccessLog = accessLog(names.LogOutbound)
+	l.AccessLog = accessLog(names.LogOutbound, ofDestination()...)
 	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
 	// and again, for ever. The price: port 15001 of the outside cannot be reached.
 	ports := external(n.Services)

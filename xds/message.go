@@ -65,8 +65,8 @@ func address(a netip.Addr, port uint32) *corev3.Address {
 // flushAccessLog is how long the agent may learn of a connection after its end. Envoy's own default is 1 s.
 const flushAccessLog = 100 * time.Millisecond
 
-func accessLog(name string) []*accesslogv3.AccessLog {
-	c := logConfig(name)
+func accessLog(name string, tags ...*tracingv3.CustomTag) []*accesslogv3.AccessLog {
+	c := logConfig(name, tags)
 	c.BufferFlushInterval = durationpb.New(flushAccessLog)
 	return []*accesslogv3.AccessLog{asLog(c)}
 }
@@ -75,30 +75,36 @@ func accessLog(name string) []*accesslogv3.AccessLog {
 // buffered: each entry is sent at once, and Envoy sets no timer for it. What cannot be sent yet is kept, not dropped. Their ends are in no hurry, and
 // the listener's own log tells of them, many in one message.
 func openLog(chain string) []*accesslogv3.AccessLog {
-	c := logConfig(names.LogOpen)
-	c.BufferSizeBytes = wrapperspb.UInt32(0)
-	always := ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways)
-	if chain == names.ChainNode {
-		always = literal(names.TagAlways, names.AlwaysAllowed)
+	tags := []*tracingv3.CustomTag{literal(names.TagChain, chain)}
+	switch chain {
+	case names.ChainMesh:
+		tags = append(tags, ofDestination()...)
+		tags = append(tags, ofEndpoint(names.TagAlways, names.EndpointMetadata, names.EndpointAlways))
+	case names.ChainNode:
+		tags = append(tags, literal(names.TagAlways, names.AlwaysAllowed))
 	}
-	c.CustomTags = append(c.CustomTags, literal(names.TagChain, chain), always)
+	c := logConfig(names.LogOpen, tags)
+	c.BufferSizeBytes = wrapperspb.UInt32(0)
 	l := asLog(c)
 	l.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{
 		Types: []accesslogdatav3.AccessLogType{accesslogdatav3.AccessLogType_TcpUpstreamConnected}}}}
 	return []*accesslogv3.AccessLog{l}
 }
 
-func logConfig(name string) *grpclogv3.CommonGrpcAccessLogConfig {
+func logConfig(name string, tags []*tracingv3.CustomTag) *grpclogv3.CommonGrpcAccessLogConfig {
 	return &grpclogv3.CommonGrpcAccessLogConfig{
 		LogName:                 name,
 		GrpcService:             agent(),
 		TransportApiVersion:     corev3.ApiVersion_V3,
 		FilterStateObjectsToLog: []string{names.PeerID},
-		CustomTags: []*tracingv3.CustomTag{
-			ofEndpoint(names.TagPeer, names.EndpointMetadata, names.EndpointPeer),
-			ofEndpoint(names.TagProof, matchKey, matchID),
-		},
+		CustomTags:              tags,
 	}
+}
+
+// ofDestination says who the endpoint is that a connection goes to. Only the endpoints of on-demand clusters say so: elsewhere these tags would make each
+// update of the listener dearer, and never be there.
+func ofDestination() []*tracingv3.CustomTag {
+	return []*tracingv3.CustomTag{ofEndpoint(names.TagPeer, names.EndpointMetadata, names.EndpointPeer), ofEndpoint(names.TagProof, matchKey, matchID)}
 }
 
 func asLog(c *grpclogv3.CommonGrpcAccessLogConfig) *accesslogv3.AccessLog {
