@@ -81,7 +81,7 @@ const recordRate = 4
 
 // Run runs a replica until ctx ends, and then returns nil; nothing of it runs any more. An API server that is away is waited for.
 func Run(ctx context.Context, cfg Config) error {
-	clients, err := clientsFor(cfg.API)
+	clients, err := clientsFor(cfg.API, cfg.Log)
 	if err != nil {
 		return err
 	}
@@ -133,23 +133,25 @@ func Run(ctx context.Context, cfg Config) error {
 
 // clients are those of one API server: what is watched does not wait behind what agents ask for, nor do pods that are created: anybody can have
 // tokens reviewed that are none, and who may relabel pods can do so as fast as they like.
-type clients struct{ watch, review, admit, records kubernetes.Interface }
+type clients struct{ watch, keys, review, admit, records kubernetes.Interface }
 
-func clientsFor(api *rest.Config) (c clients, err error) {
-	watch := rest.CopyConfig(api)
-	watch.UserAgent = "mantlet-control-plane"
+func clientsFor(api *rest.Config, log *slog.Logger) (c clients, err error) {
+	base := rest.CopyConfig(api)
+	base.UserAgent = "mantlet-control-plane"
+	watch := rest.CopyConfig(base)
 	watch.QPS, watch.Burst = 50, 100
+	watch.Wrap(persist(log))
 	if c.watch, err = kubernetes.NewForConfig(watch); err != nil {
 		return c, fmt.Errorf("client of the API server: %w", err)
 	}
-	review := rest.CopyConfig(watch)
+	review := rest.CopyConfig(base)
 	review.QPS, review.Burst = reviewRate, 2*reviewRate
-	for _, own := range []*kubernetes.Interface{&c.review, &c.admit} { // each with a rate limit of its own
+	for _, own := range []*kubernetes.Interface{&c.keys, &c.review, &c.admit} { // each with a rate limit of its own
 		if *own, err = kubernetes.NewForConfig(rest.CopyConfig(review)); err != nil {
 			return c, fmt.Errorf("client of the API server: %w", err)
 		}
 	}
-	records := rest.CopyConfig(watch)
+	records := rest.CopyConfig(base)
 	records.QPS, records.Burst = recordRate, 5*recordRate
 	if c.records, err = kubernetes.NewForConfig(records); err != nil {
 		return c, fmt.Errorf("client of the API server: %w", err)
@@ -281,7 +283,7 @@ func (r *replica) controlPlane(root *ca.CA, n kube.Networks) (*controlplane.Cont
 			ServiceNetwork: n.Services, NodePorts: r.cfg.NodePorts, Resumption: r.cfg.Sessions, Records: r.records, Log: r.cfg.Log,
 		},
 		root, tokenreview.New(tokenreview.Config{
-			Reviews: r.clients.review.AuthenticationV1().TokenReviews(), Keys: tokenreview.JWKS(r.clients.watch.Discovery().RESTClient()), Log: r.cfg.Log,
+			Reviews: r.clients.review.AuthenticationV1().TokenReviews(), Keys: tokenreview.JWKS(r.clients.keys.Discovery().RESTClient()), Log: r.cfg.Log,
 		}),
 		server.Config{Log: r.cfg.Log, OnEvent: metrics.NewXDS(r.registry).OnEvent}, nil)
 }

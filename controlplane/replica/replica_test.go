@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"log/slog"
 	"testing"
 
 	"k8s.io/client-go/rest"
@@ -8,7 +9,7 @@ import (
 
 // Whoever floods one port does not use up what the others may ask of the API server.
 func TestClients(t *testing.T) {
-	c, err := clientsFor(&rest.Config{Host: "https://api.example"})
+	c, err := clientsFor(&rest.Config{Host: "https://api.example"}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
