@@ -15,28 +15,34 @@ import (
 // keptFlows bounds the records that wait to be asked for: whoever runs for long has connections that nobody asks about.
 const keptFlows = 4096
 
-// flowLog takes the flow records that an agent writes, JSON lines, and keeps those of the last connections that reached the app.
+// flowLog takes the flow records that an agent writes, JSON lines, and keeps those of the last connections that came about.
 type flowLog struct {
 	mu      sync.Mutex
 	partial []byte
-	byApp   map[atApp]flows.Record
-	order   []atApp        // of byApp, oldest first; some are gone
+	kept    map[onward]flows.Record
+	order   []onward       // of kept, oldest first; some are gone
 	changed chan struct{}  // closed at the next record
 	revoked []flows.Record // the last mostRevoked of connections that were cut, oldest first
 	err     error
 }
 
-// atApp is a connection as the app sees it: the sidecar's own address, which may lead to several of the pod's ports at once, and the port.
-type atApp struct {
-	from netip.AddrPort
-	port uint16
+// onward is the sidecar's own connection, by which its other end knows it: to the app, whose port alone counts, or to another pod.
+type onward struct {
+	from, to netip.AddrPort
 }
+
+// toApp is what an app sees: the sidecar's own address, which may lead to several of the pod's ports at once, and the port.
+func toApp(from netip.AddrPort, port uint16) onward {
+	return onward{unmap(from), netip.AddrPortFrom(netip.Addr{}, port)}
+}
+
+func toPeer(from, to netip.AddrPort) onward { return onward{unmap(from), unmap(to)} }
 
 // mostRevoked bounds what is kept of connections that were cut.
 const mostRevoked = 1000
 
 func newFlowLog() *flowLog {
-	return &flowLog{byApp: map[atApp]flows.Record{}, changed: make(chan struct{})}
+	return &flowLog{kept: map[onward]flows.Record{}, changed: make(chan struct{})}
 }
 
 // Write takes a piece of the stream. It never fails: a line that is no record is kept as the error of wait and close.
@@ -60,8 +66,12 @@ func (f *flowLog) Write(b []byte) (int, error) {
 			f.revoked = f.revoked[max(0, len(f.revoked)-mostRevoked):]
 			continue
 		}
-		if r.Direction == flows.Inbound && r.UpstreamLocal.IsValid() {
-			f.keep(atApp{unmap(r.UpstreamLocal), r.UpstreamRemote.Port()}, r)
+		switch {
+		case !r.UpstreamLocal.IsValid():
+		case r.Direction == flows.Inbound:
+			f.keep(toApp(r.UpstreamLocal, r.UpstreamRemote.Port()), r)
+		default:
+			f.keep(toPeer(r.UpstreamLocal, r.UpstreamRemote), r)
 		}
 	}
 	close(f.changed)
@@ -69,26 +79,25 @@ func (f *flowLog) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (f *flowLog) keep(seen atApp, r flows.Record) {
-	f.byApp[seen] = r
-	f.order = append(f.order, seen)
+func (f *flowLog) keep(c onward, r flows.Record) {
+	f.kept[c] = r
+	f.order = append(f.order, c)
 	if len(f.order) >= 2*keptFlows {
 		for _, old := range f.order[:keptFlows] {
 			if !slices.Contains(f.order[keptFlows:], old) { // a port comes again
-				delete(f.byApp, old)
+				delete(f.kept, old)
 			}
 		}
 		f.order = append(f.order[:0], f.order[keptFlows:]...)
 	}
 }
 
-// wait returns the record of the connection that the app saw as coming from an address to a port. A record is used once: ports come again.
-func (f *flowLog) wait(ctx context.Context, from netip.AddrPort, port uint16) (flows.Record, error) {
-	seen := atApp{unmap(from), port}
+// wait returns the record of a connection. A record is used once: ports come again.
+func (f *flowLog) wait(ctx context.Context, c onward) (flows.Record, error) {
 	for {
 		f.mu.Lock()
-		r, ok := f.byApp[seen]
-		delete(f.byApp, seen)
+		r, ok := f.kept[c]
+		delete(f.kept, c)
 		changed, err := f.changed, f.err
 		f.mu.Unlock()
 		switch {

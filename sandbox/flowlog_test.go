@@ -16,13 +16,13 @@ func TestFlowLogJoinsLinesAndUsesEachOnce(t *testing.T) {
 		}
 	}
 	seen := netip.MustParseAddrPort("10.64.0.3:4000")
-	r, err := f.wait(t.Context(), seen, 80)
+	r, err := f.wait(t.Context(), toApp(seen, 80))
 	if err != nil || r.Peer != "spiffe://a/b" {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	if r, err := f.wait(ctx, seen, 80); err == nil {
+	if r, err := f.wait(ctx, toApp(seen, 80)); err == nil {
 		t.Errorf("a record is used twice: %+v", r)
 	}
 	if _, err := f.Write([]byte("not JSON\n")); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/mantlet/mantlet/agent/flows"
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/sandbox/netns"
@@ -200,7 +201,7 @@ func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
 }
 
 // evidence waits for what the sidecar of the reached pod logged of the very connection that its app saw, and returns it if it was
-// authenticated as the source's identity. A connection from a pod without sidecar is let in as plaintext and gives none.
+// authenticated as the source's identity; the source's sidecar has to tell the same of its end. A connection from a pod without sidecar is let in as plaintext and gives none.
 func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Outcome) (*Flow, error) {
 	ctx, cancel := context.WithTimeout(ctx, flowPatience)
 	defer cancel()
@@ -209,7 +210,7 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 	if err != nil {
 		return nil, fmt.Errorf("%s answers as %q: %w", to.name, o.Reached, err)
 	}
-	rec, err := to.agent.flows.wait(ctx, o.Seen, uint16(port))
+	rec, err := to.agent.flows.wait(ctx, toApp(o.Seen, uint16(port)))
 	if err != nil {
 		return nil, fmt.Errorf("the sidecar of %s did not log the connection that its app saw from %s: %w", to.name, o.Seen, err)
 	}
@@ -220,7 +221,17 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 	if rec.Peer != want {
 		return nil, fmt.Errorf("the sidecar of %s took a connection from %s for one of %s", to.name, from, rec.Peer)
 	}
-	return &Flow{From: from, To: to.name, FromID: rec.Peer, ToID: s.index.Subject(to.name).ID.String(), Source: rec.Source, Destination: rec.Destination}, nil
+	id := s.index.Subject(to.name).ID.String()
+	if client := s.pods[from].agent; client != nil { // an impostor has none
+		told, err := client.flows.wait(ctx, toPeer(rec.Source, rec.Destination))
+		if err != nil {
+			return nil, fmt.Errorf("the sidecar of %s did not log its connection from %s to %s at %s: %w", from, rec.Source, to.name, rec.Destination, err)
+		}
+		if told.Verdict != flows.Allowed || told.Peer != id || !told.Authenticated {
+			return nil, fmt.Errorf("the sidecar of %s logged its connection to %s, which both had to prove, as %s, to %q, authenticated: %t", from, to.name, told.Verdict, told.Peer, told.Authenticated)
+		}
+	}
+	return &Flow{From: from, To: to.name, FromID: rec.Peer, ToID: id, Source: rec.Source, Destination: rec.Destination}, nil
 }
 
 // podOf is "namespace/pod" of a server that calls itself "namespace/pod:port".

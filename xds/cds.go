@@ -96,6 +96,9 @@ func (e Endpoint) metadata(match *structpb.Struct) *corev3.Metadata {
 	if !e.Peer.IsZero() {
 		about[names.EndpointPeer] = structpb.NewStringValue(e.Peer.String())
 	}
+	if !e.ID.IsZero() {
+		about[names.EndpointProof] = structpb.NewStringValue(e.ID.String())
+	}
 	if e.Always {
 		about[names.EndpointAlways] = structpb.NewStringValue(names.AlwaysAllowed)
 	}

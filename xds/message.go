@@ -104,7 +104,7 @@ func logConfig(name string, tags []*tracingv3.CustomTag) *grpclogv3.CommonGrpcAc
 // ofDestination says who the endpoint is that a connection goes to. Only the endpoints of on-demand clusters say so: elsewhere these tags would make each
 // update of the listener dearer, and never be there.
 func ofDestination() []*tracingv3.CustomTag {
-	return []*tracingv3.CustomTag{ofEndpoint(names.TagPeer, names.EndpointMetadata, names.EndpointPeer), ofEndpoint(names.TagProof, matchKey, matchID)}
+	return []*tracingv3.CustomTag{ofEndpoint(names.TagPeer, names.EndpointMetadata, names.EndpointPeer), ofEndpoint(names.TagProof, names.EndpointMetadata, names.EndpointProof)}
 }
 
 func asLog(c *grpclogv3.CommonGrpcAccessLogConfig) *accesslogv3.AccessLog {

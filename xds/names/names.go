@@ -107,5 +107,6 @@ const AlwaysAllowed = "allowed"
 const (
 	EndpointMetadata = "mantlet"
 	EndpointPeer     = "peer"   // logged as TagPeer
+	EndpointProof    = "proof"  // logged as TagProof
 	EndpointAlways   = "always" // logged as TagAlways
 )
