@@ -119,7 +119,7 @@ proto: ## Generate Go code from the protobuf files
 	$(GO) run $(BUF) generate
 
 .PHONY: conformance
-conformance: build image ## Run the upstream NetworkPolicy tests against Mantlet in the modes CAPTURE (sidecar node), permissive and strict; writes docs/conformance.md
+conformance: ## Run the upstream NetworkPolicy tests against Mantlet in the modes CAPTURE (sidecar node), permissive and strict; writes docs/conformance.md
 	@./hack/conformance.sh docs/conformance.md $(CAPTURE)
 
 .PHONY: clean

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$1
 shift
+make build image # what is tested is this tree, not what somebody built before
 [ $# -gt 0 ] || set -- node sidecar
 dir=.cache/conformance
 export KUBECONFIG="$PWD/$dir/pki/admin.conf"
