@@ -85,10 +85,10 @@ type rendered struct {
 	sets       map[string]nodeSet // by node addresses
 }
 
-// nodeSet is what the sidecars of a subject on one node hold, with these packets.
+// nodeSet is what the sidecars of a subject on one node hold, with these packets and this network.
 type nodeSet struct {
-	packets *server.Resource
-	set     server.Set
+	packets, network *server.Resource
+	set              server.Set
 }
 
 // New returns a ControlPlane that publishes through the server made from sc; its Authenticator must be set, its OnDemand is set
@@ -207,7 +207,7 @@ func (cp *ControlPlane) Update(applied, deleted []metav1.Object) error {
 
 // publish sends what a Delta has changed to whom it concerns.
 func (cp *ControlPlane) publish(d policy.Delta) error {
-	if len(d.Pods)+len(d.Services)+len(d.Addrs)+len(d.NodePorts) > 0 {
+	if len(d.Pods)+len(d.Services)+len(d.Addrs)+len(d.NodePorts)+len(d.HostPorts) > 0 {
 		cp.moves++
 	}
 	var errs []error
@@ -236,7 +236,7 @@ func (cp *ControlPlane) publish(d policy.Delta) error {
 		}
 		errs = append(errs, cp.publishPod(p))
 	}
-	errs = append(errs, cp.publishPackets(d.Packets))
+	errs = append(errs, cp.publishPackets(d.Packets), cp.publishHostPorts(d.HostPorts, stale))
 	if d.External {
 		errs = append(errs, cp.publishAll())
 	}
@@ -374,15 +374,16 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 		return server.Set{}, err
 	}
 	node := nodeKey(p.NodeIPs)
-	if is, ok := r.sets[node]; ok && is.packets == packets {
-		return is.set, nil
-	}
-	own, err := cp.forNode(node, p.NodeIPs)
+	network := cp.network(p)
+	own, err := cp.forNode(node, network)
 	if err != nil {
 		return server.Set{}, err
 	}
-	outbound, err := cp.outbound.listener(outboundKey{r.hashes.Egress, node}, func() (*server.Resource, error) {
-		return resource(xds.Outbound(v, cp.network(p.NodeIPs)))
+	if is, ok := r.sets[node]; ok && is.packets == packets && is.network == own.network {
+		return is.set, nil
+	}
+	outbound, err := cp.outbound.listener(outboundKey{r.hashes.Egress, node, portsKey(network.HostPorts)}, func() (*server.Resource, error) {
+		return resource(xds.Outbound(v, network))
 	})
 	if err != nil {
 		return server.Set{}, err
@@ -391,23 +392,26 @@ func (cp *ControlPlane) set(p policy.Pod) (server.Set, error) {
 	if err != nil {
 		return server.Set{}, err
 	}
-	r.sets[node] = nodeSet{packets, set}
+	r.sets[node] = nodeSet{packets, own.network, set}
 	return set, nil
 }
 
 // nodeResources are what depends on a pod's node and on nothing else.
-type nodeResources struct{ inbound, network *server.Resource }
+type nodeResources struct {
+	inbound, network *server.Resource
+	hostPorts        []netip.AddrPort // that network has
+}
 
-func (cp *ControlPlane) forNode(node string, addrs []netip.Addr) (nodeResources, error) {
-	if r, ok := cp.nodes[node]; ok {
+func (cp *ControlPlane) forNode(node string, n *verdict.Network) (nodeResources, error) {
+	if r, ok := cp.nodes[node]; ok && slices.Equal(r.hostPorts, n.HostPorts) {
 		return r, nil
 	}
-	var r nodeResources
+	r := nodeResources{hostPorts: n.HostPorts}
 	var err error
-	if r.inbound, err = resource(xds.Inbound(addrs, cp.sessions)); err != nil {
+	if r.inbound, err = resource(xds.Inbound(n.Node, cp.sessions)); err != nil {
 		return r, err
 	}
-	if r.network, err = server.NewResource(names.Network, wire.NetworkMessage(cp.network(addrs))); err != nil {
+	if r.network, err = server.NewResource(names.Network, wire.NetworkMessage(n)); err != nil {
 		return r, err
 	}
 	cp.nodes[node] = r

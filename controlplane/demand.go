@@ -52,7 +52,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 
 // restsOn returns what the answer about a destination rests on, for whoever asks.
 func (cp *ControlPlane) restsOn(to netip.AddrPort) []string {
-	keys := []string{addrKey(to.Addr()), nodePortKey(to.Port())}
+	keys := append(cp.hostPortKeys(to), addrKey(to.Addr()), nodePortKey(to.Port()))
 	whole := cp.index.DestinationForAny(verdict.TCP, to)
 	if whole.Service != "" {
 		keys = append(keys, serviceKey(whole.Service))
@@ -64,8 +64,17 @@ func (cp *ControlPlane) restsOn(to netip.AddrPort) []string {
 				keys = append(keys, podKey(e.Pod))
 			} else { // it may be a node's
 				keys = append(keys, nodePortKey(e.Addr.Port()))
+				keys = append(keys, cp.hostPortKeys(e.Addr)...)
 			}
 		}
+	}
+	return keys
+}
+
+// hostPortKeys are those of an address that is of nodes; nearly none is.
+func (cp *ControlPlane) hostPortKeys(to netip.AddrPort) (keys []string) {
+	for _, node := range cp.index.NodesAt(to.Addr()) {
+		keys = append(keys, hostPortKey(node, to.Port()))
 	}
 	return keys
 }
@@ -183,6 +192,9 @@ func podKey(name string) string      { return "pod " + name }
 func serviceKey(name string) string  { return "service " + name }
 func addrKey(a netip.Addr) string    { return "address " + a.String() }
 func nodePortKey(port uint16) string { return "node port " + strconv.Itoa(int(port)) }
+func hostPortKey(node string, port uint16) string {
+	return "host port " + node + ":" + strconv.Itoa(int(port))
+}
 
 // note enters on what the answer for a name rests.
 func (d *demand) note(name string, keys []string) *asked {

@@ -4,12 +4,13 @@ import (
 	"errors"
 	"net/netip"
 
+	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/verdict"
 )
 
-// network is what the sidecars on a node with these addresses know of the network.
-func (cp *ControlPlane) network(node []netip.Addr) *verdict.Network {
-	return &verdict.Network{Cluster: cp.cluster, Node: node, Services: cp.index.External(), NodePorts: cp.nodePorts}
+// network is what a pod's sidecar, as all on its node, knows of the network.
+func (cp *ControlPlane) network(p policy.Pod) *verdict.Network {
+	return &verdict.Network{Cluster: cp.cluster, Node: p.NodeIPs, Services: cp.index.External(), HostPorts: cp.index.HostPorts(p.Name), NodePorts: cp.nodePorts}
 }
 
 // forgetNetworks forgets what was rendered of networks: the external addresses of services are others.

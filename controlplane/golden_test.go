@@ -117,7 +117,7 @@ func render(t *testing.T, dir, comment string) map[string]string {
 			got[words[1]+"/verdicts.yaml"] = asYAML(t, j)
 			got[words[1]+"/gate.yaml"] = asText(t, xds.Gate(v).FilterChainMatcher)
 			got[words[1]+"/rbac.yaml"] = asText(t, xds.RBAC(v))
-			got[words[1]+"/outbound.yaml"] = asText(t, xds.Outbound(v, cp.network(p.NodeIPs)).FilterChainMatcher)
+			got[words[1]+"/outbound.yaml"] = asText(t, xds.Outbound(v, cp.network(p)).FilterChainMatcher)
 		case len(words) == 3 && words[0] == "on-demand":
 			name := words[1] + "/" + words[2] + ".yaml"
 			r, ok := cp.Resolve(server.Client(words[1]), words[2])

@@ -2,13 +2,14 @@ package controlplane
 
 import "github.com/mantlet/mantlet/xds/server"
 
-// outbound holds the outbound listeners that were made. They follow from the egress verdicts and the node alone, so that all subjects whose egress
+// outbound holds the outbound listeners that were made. They follow from the egress verdicts and the node, with its host ports, alone, so that all subjects whose egress
 // nobody isolates share one on each node, and a change of ingress policy makes none.
 type outbound map[outboundKey]*server.Resource
 
 type outboundKey struct {
 	egress string // hash of the verdicts
 	node   string // its addresses
+	ports  string // its host ports
 }
 
 // maxOutbound bounds the listeners that are kept for whoever comes next; sidecars' sets hold their own. Old ones go with all others.

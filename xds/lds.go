@@ -73,11 +73,12 @@ func Inbound(node []netip.Addr, sessions Resumption) *listenerv3.Listener {
 	return l
 }
 
-// Outbound captures what the app sends. Inside the cluster networks, at external addresses of services with their ports, and at ports of the range of
-// node ports wherever they are, each destination is a cluster on demand; for all else outside the egress verdicts by address decide at accept.
+// Outbound captures what the app sends. Inside the cluster networks, at external addresses of services with their ports, at host ports of the own node, and
+// at ports of the range of node ports wherever they are, each destination is a cluster on demand; for all else outside the egress verdicts by address decide
+// at accept.
 //
 // External addresses are known here, with their ports, because no range tells them from others: whoever comes to have one, or ceases to, is an update for
-// every sidecar. At other ports such an address is what it would be otherwise.
+// every sidecar. At other ports such an address is what it would be otherwise. Host ports are known in the same way, on their own node.
 //
 // Which addresses are nodes', and which of their ports are services', the control plane knows when it is asked. So no sidecar is told when a node or a
 // node port comes or goes but those that use it; the price is that a connection to such a port outside the cluster asks too.
@@ -106,7 +107,7 @@ func Outbound(v *verdict.Verdicts, n *verdict.Network) *listenerv3.Listener {
 	l.AccessLog = accessLog(names.LogOutbound, ofDestination()...)
 	// A connection to the capture port itself would come back to it when passed on, whichever of the pod's addresses it was made to,
 	// and again, for ever. The price: port 15001 of the outside cannot be reached.
-	ports := external(n.Services)
+	ports := asked(n)
 	ports[strconv.Itoa(names.OutboundPort)] = chain(names.ChainBlackhole)
 	l.FilterChainMatcher = exact(destinationPort(), ports, then(trie(destinationIP(), routes, balanced(r.table(&v.Egress)))))
 	l.FilterChains = []*listenerv3.FilterChain{

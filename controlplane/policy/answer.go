@@ -158,6 +158,8 @@ func (x *Index) answer(from string, proto verdict.Protocol, to netip.AddrPort, d
 		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's external address, behind which no other one can be", to)}}, true
 	case dst == nil && src.sidecar && x.isNodePort(src, proto, addr, to.Port()): // the same
 		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a service's node port, behind which no other one can be", to)}}, true
+	case dst == nil && src.sidecar && x.isHostPort(src, proto, addr, to.Port()): // the same
+		return Answer{Reason: verdict.Reason{Text: fmt.Sprintf("%s is a pod's host port, behind which policy speaks of the pod", to)}}, true
 	case !sourceAddr(src, addr).IsValid():
 		return Answer{Reason: verdict.Reason{Text: from + " has no address in the family of " + addr.String()}}, false
 	case dst == nil && slices.Contains(src.hostIPs, addr):

@@ -52,7 +52,8 @@ func (x *Index) Destination(proto verdict.Protocol, to netip.AddrPort) (Destinat
 }
 
 // DestinationFor is the same for a client pod ("namespace/name"), with the node and the zone that it is in. To it an address of a node, its own
-// or another, is a destination too: at a node port the service, else the node. So is every address outside the cluster, which stands for itself.
+// or another, is a destination too: at a node port the service, at a host port of its own the pod, else the node. So is every address outside the cluster,
+// which stands for itself.
 func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.AddrPort) (Destination, bool) {
 	p := x.pods[client]
 	if p == nil {
@@ -70,6 +71,9 @@ func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.A
 			return d, true
 		}
 	}
+	if x.isHostPort(p, proto, addr, to.Port()) {
+		return x.atHostPort(proto, to, p.node), true
+	}
 	own := slices.Contains(p.hostIPs, addr)
 	if !own && x.inside(addr) {
 		return Destination{own: true}, false
@@ -81,7 +85,10 @@ func (x *Index) DestinationFor(client string, proto verdict.Protocol, to netip.A
 func (x *Index) DestinationForAny(proto verdict.Protocol, to netip.AddrPort) Destination {
 	d, ok := x.Destination(proto, to)
 	if !ok {
-		d, _ = x.atNodePort(proto, to, "", anywhereInCluster)
+		d, ok = x.atNodePort(proto, to, "", anywhereInCluster)
+	}
+	if !ok {
+		d = x.atAnyHostPort(proto, to)
 	}
 	return d
 }
@@ -165,7 +172,7 @@ func stick(client netip.Addr, endpoints []Endpoint) Endpoint {
 
 // ServicePort is one port of a service as one pod may use it.
 type ServicePort struct {
-	Addr      netip.AddrPort   // cluster IP or external address and port, or an address of a node and a node port
+	Addr      netip.AddrPort   // cluster IP or external address and port, or an address of a node and a node port or a host port
 	Endpoints []netip.AddrPort // where to send it, any of them; sorted. Empty: nowhere
 	External  bool             // Addr is no cluster IP, so that nothing closes it beside this
 }
@@ -201,6 +208,7 @@ func (x *Index) ServicePorts(client string, proto verdict.Protocol) []ServicePor
 	}
 	if p := x.pods[client]; p != nil {
 		out = append(out, x.nodePortsFor(p, proto)...)
+		out = append(out, x.hostPortsFor(p, proto)...)
 	}
 	slices.SortFunc(out, func(a, b ServicePort) int { return a.Addr.Compare(b.Addr) })
 	return out

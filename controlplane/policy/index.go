@@ -50,6 +50,7 @@ type Index struct {
 	services   services
 	zones      map[string]string // by node; of those that are in one
 	nodes      nodes
+	hosts      hosts
 
 	egressIsolated map[spiffeid.ID]bool // identities of which egress policy isolates some pods
 	boundaries     *bart.Table[int]     // ipBlock edges inside the pod network, with a count of uses
@@ -116,6 +117,7 @@ func NewIndex(c Config) *Index {
 		services:       newServices(),
 		zones:          map[string]string{},
 		nodes:          newNodes(),
+		hosts:          newHosts(),
 		egressIsolated: map[spiffeid.ID]bool{},
 		boundaries:     new(bart.Table[int]),
 		retired:        retired{},
@@ -142,6 +144,8 @@ type Delta struct {
 	Addrs []netip.Addr
 	// NodePorts (of any protocol) came to be services', or ceased to, or their service changed.
 	NodePorts []uint16
+	// HostPorts came to be pods', or ceased to, or their pod changed, or their node has other addresses. Sorted by node, protocol and port.
+	HostPorts []HostPort
 	// External says that External lists others than before.
 	External bool
 	// Packets are the pods ("namespace/name") whose packet policy has to be compiled anew; some may turn out the same.
@@ -169,6 +173,9 @@ func Merge(deltas []Delta) Delta {
 		for _, p := range d.NodePorts {
 			c.nodePorts[p] = true
 		}
+		for _, p := range d.HostPorts {
+			c.hostPorts[p] = true
+		}
 		for _, k := range d.Packets {
 			c.packets[k] = true
 		}
@@ -187,6 +194,7 @@ type change struct {
 	subjects, pods, services, packets, gone map[string]bool
 	addrs                                   map[netip.Addr]bool // of nodes and services
 	nodePorts                               map[uint16]bool
+	hostPorts                               map[HostPort]bool
 	external                                map[netip.AddrPort]bool // came to be services', or ceased to, over TCP
 	claimed                                 map[netip.Addr]bool     // that pods came to claim, or ceased to
 	nodesMoved                              bool                    // some addresses of nodes are others
@@ -194,14 +202,15 @@ type change struct {
 
 func newChange() *change {
 	return &change{subjects: map[string]bool{}, pods: map[string]bool{}, services: map[string]bool{}, packets: map[string]bool{}, gone: map[string]bool{},
-		addrs: map[netip.Addr]bool{}, nodePorts: map[uint16]bool{}, external: map[netip.AddrPort]bool{}, claimed: map[netip.Addr]bool{}}
+		addrs: map[netip.Addr]bool{}, nodePorts: map[uint16]bool{}, hostPorts: map[HostPort]bool{}, external: map[netip.AddrPort]bool{}, claimed: map[netip.Addr]bool{}}
 }
 
 func (c *change) delta() Delta {
 	return Delta{
 		Subjects: sortedKeys(c.subjects), Pods: sortedKeys(c.pods), Services: sortedKeys(c.services), Packets: sortedKeys(c.packets), Gone: sortedKeys(c.gone),
 		Addrs: slices.SortedFunc(maps.Keys(c.addrs), netip.Addr.Compare), NodePorts: slices.Sorted(maps.Keys(c.nodePorts)),
-		External: len(c.external) > 0,
+		HostPorts: slices.SortedFunc(maps.Keys(c.hostPorts), HostPort.compare),
+		External:  len(c.external) > 0,
 	}
 }
 

@@ -36,6 +36,7 @@ func (x *Index) setNode(o *corev1.Node, c *change) {
 		return
 	}
 	c.nodesMoved = true
+	x.touchHostPorts(o.Name, c)
 	for _, a := range n.addrs[o.Name] {
 		c.addrs[a] = true
 		delete(n.at[a], o.Name)

@@ -131,6 +131,7 @@ func (x *Index) touchPackets(c *change) {
 			c.packets[name] = true
 		}
 	}
+	x.hosts.packetsTouched(x, c)
 	for _, name := range peers {
 		old, now := x.packets.seen[name], x.packetPeer(x.pods[name])
 		if old.same(now) {

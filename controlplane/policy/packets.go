@@ -25,7 +25,7 @@ import (
 //   - services: egress speaks of endpoints, so that a datagram to a cluster IP has to be led to one, here, where policy is known. The pod is
 //     told of the services of which it may use an endpoint, and of those endpoints only. A cluster IP itself is never allowed, whatever ipBlock
 //     holds it: beyond the pod the node would choose the endpoint, and not by policy. At a node's address the same holds for node ports, all of
-//     which the pod is told of, and for no other port.
+//     which the pod is told of, at its own node's for host ports, and for no other port.
 //
 // Any pod that comes, goes or changes may change the value, not only those that change verdicts: that is the price of addresses.
 func (x *Index) Packets(name string) *verdict.Packets {
@@ -53,7 +53,7 @@ func (x *Index) Packets(name string) *verdict.Packets {
 // packetServices are the services of which a pod may use an endpoint.
 func (x *Index) packetServices(p *pod) []verdict.PacketService {
 	var out []verdict.PacketService
-	if len(x.packets.serving) == 0 {
+	if len(x.packets.serving) == 0 && !x.hosts.servesPackets(p.node) {
 		return nil
 	}
 	for _, proto := range []verdict.Protocol{verdict.UDP, verdict.SCTP} {

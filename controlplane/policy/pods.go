@@ -28,6 +28,7 @@ type pod struct {
 	ips       []netip.Addr
 	hostIPs   []netip.Addr
 	ports     []namedPort
+	hostPorts []hostPort
 	sidecar   bool
 	ident     *ident
 	subject   *Subject
@@ -119,7 +120,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 		return fmt.Errorf("pod %s: %w", key, err)
 	}
 	p := &pod{
-		key: key, uid: string(o.UID), created: o.CreationTimestamp.Time, namespace: o.Namespace, node: o.Spec.NodeName, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec),
+		key: key, uid: string(o.UID), created: o.CreationTimestamp.Time, namespace: o.Namespace, node: o.Spec.NodeName, labels: maps.Clone(o.Labels), ports: namedPorts(&o.Spec), hostPorts: hostPorts(&o.Spec),
 		sidecar: o.Annotations[SidecarAnnotation] == SidecarInjected,
 	}
 	if p.ips, err = podAddrs(o.Status.PodIP, o.Status.PodIPs); err != nil {
@@ -140,7 +141,7 @@ func (x *Index) setPod(o *corev1.Pod, c *change) error {
 // same reports whether nothing that decides has changed.
 func (p *pod) same(q *pod, id spiffeid.ID) bool {
 	return p.ident.id == id && p.uid == q.uid && p.created.Equal(q.created) && p.sidecar == q.sidecar && p.node == q.node && maps.Equal(p.labels, q.labels) && slices.Equal(p.ips, q.ips) &&
-		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports)
+		slices.Equal(p.hostIPs, q.hostIPs) && slices.Equal(p.ports, q.ports) && slices.Equal(p.hostPorts, q.hostPorts)
 }
 
 func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *change) {
@@ -160,6 +161,7 @@ func (x *Index) insertPod(p *pod, id spiffeid.ID, labels map[string]string, c *c
 	c.pods[p.key] = true
 	x.noteEgress(i)
 	x.claim(p, c)
+	x.hosts.enter(p, c)
 	x.touchRetiredAt(p.ips, c)
 	x.touchPeersOf(p, !ok || i.portsDiffer() != portsDiffered || len(i.pods) == 1, c)
 	x.rekey(p, c)
@@ -173,6 +175,9 @@ func (p *pod) shareWith(i *ident) {
 		}
 		if slices.Equal(p.ports, q.ports) {
 			p.ports = q.ports
+		}
+		if slices.Equal(p.hostPorts, q.hostPorts) {
+			p.hostPorts = q.hostPorts
 		}
 		return // one is asked: nearly always any does
 	}
@@ -190,6 +195,7 @@ func (x *Index) removePod(key string, c *change) {
 	delete(x.namespace(p.namespace).pods, key)
 	delete(i.pods, key)
 	x.disclaim(p, c)
+	x.hosts.leave(p, c)
 	x.touchRetiredAt(p.ips, c)
 	c.pods[key] = true
 	gone := len(i.pods) == 0

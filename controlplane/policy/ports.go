@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"iter"
 	"slices"
 	"sort"
 	"strings"
@@ -61,21 +62,13 @@ type namedPort struct {
 // namedPorts lists the named ports of a pod, sorted. Init containers count where they run as long as the pod does.
 func namedPorts(spec *corev1.PodSpec) []namedPort {
 	var out []namedPort
-	add := func(c *corev1.Container) {
+	for c := range lasting(spec) {
 		for _, p := range c.Ports {
 			proto, err := verdict.ParseProtocol(string(p.Protocol))
 			if p.Name == "" || err != nil || p.ContainerPort < 1 || p.ContainerPort > 65535 {
 				continue
 			}
 			out = append(out, namedPort{p.Name, proto, uint16(p.ContainerPort)})
-		}
-	}
-	for i := range spec.Containers {
-		add(&spec.Containers[i])
-	}
-	for i := range spec.InitContainers {
-		if c := &spec.InitContainers[i]; c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-			add(c)
 		}
 	}
 	slices.SortFunc(out, func(a, b namedPort) int {
@@ -88,6 +81,23 @@ func namedPorts(spec *corev1.PodSpec) []namedPort {
 		return int(a.number) - int(b.number)
 	})
 	return slices.Compact(out)
+}
+
+// lasting ranges over the containers that run as long as the pod does.
+func lasting(spec *corev1.PodSpec) iter.Seq[*corev1.Container] {
+	return func(yield func(*corev1.Container) bool) {
+		for i := range spec.Containers {
+			if !yield(&spec.Containers[i]) {
+				return
+			}
+		}
+		for i := range spec.InitContainers {
+			c := &spec.InitContainers[i]
+			if deref(c.RestartPolicy) == corev1.ContainerRestartPolicyAlways && !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // rulePorts is the ports list of one rule.

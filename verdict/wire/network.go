@@ -21,7 +21,7 @@ func NetworkMessage(n *verdict.Network) *mantletv1.Network {
 	for _, a := range n.Node {
 		m.Node = append(m.Node, a.AsSlice())
 	}
-	for _, a := range n.Services {
+	for _, a := range n.Asked() {
 		m.Services = append(m.Services, addressPort(a))
 	}
 	if r := n.NodePortRange(); r != verdict.DefaultNodePorts {

@@ -31,7 +31,8 @@ type Network struct {
 	Cluster []*Prefix `protobuf:"bytes,1,rep,name=cluster,proto3" json:"cluster,omitempty"`
 	// Addresses of the pod's own node, 4 or 16 bytes each, never IPv4-mapped.
 	Node [][]byte `protobuf:"bytes,2,rep,name=node,proto3" json:"node,omitempty"`
-	// External addresses of Services with their TCP ports: asked about as what is inside cluster. Sorted, none twice.
+	// External addresses of Services with their TCP ports, and the node's own addresses with the TCP host ports of pods on it: asked about as what is
+	// inside cluster. Sorted, none twice.
 	Services []*AddressPort `protobuf:"bytes,3,rep,name=services,proto3" json:"services,omitempty"`
 	// The range of node ports, which are asked about at every address. Absent: 30000-32767, which is never written.
 	NodePorts     *PortRange `protobuf:"bytes,4,opt,name=node_ports,json=nodePorts,proto3" json:"node_ports,omitempty"`

@@ -75,9 +75,9 @@ func slimPod(o *corev1.Pod) *corev1.Pod {
 	return p
 }
 
-// slimContainer keeps a container's ports that have a name, and reports whether there are any: NetworkPolicy asks for no others.
+// slimContainer keeps a container's ports that have a name, of which NetworkPolicy speaks, or a port of the node. It reports whether there are any.
 func slimContainer(c *corev1.Container) (corev1.Container, bool) {
-	ports := slices.DeleteFunc(slices.Clone(c.Ports), func(p corev1.ContainerPort) bool { return p.Name == "" })
+	ports := slices.DeleteFunc(slices.Clone(c.Ports), func(p corev1.ContainerPort) bool { return p.Name == "" && p.HostPort == 0 })
 	return corev1.Container{Name: c.Name, RestartPolicy: c.RestartPolicy, Ports: ports}, len(ports) > 0
 }
 
