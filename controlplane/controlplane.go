@@ -164,7 +164,8 @@ func (cp *ControlPlane) Load(o *policy.Objects) error {
 	for _, p := range cp.index.Problems() {
 		cp.log.Error("a policy is invalid and closed for what it cannot say", "problem", p)
 	}
-	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys(), Addrs: cp.index.ExternalAddrs(), NodePorts: cp.index.NodePorts()}))
+	return errors.Join(err, cp.publish(policy.Delta{Subjects: cp.index.SubjectKeys(), Addrs: cp.index.ExternalAddrs(), NodePorts: cp.index.NodePorts(),
+		HostPorts: cp.index.ClaimedHostPorts()}))
 }
 
 // Apply takes over an object that was created or changed.

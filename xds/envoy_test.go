@@ -41,6 +41,8 @@ func TestEnvoyTakesWhatIsEmitted(t *testing.T) {
 	network := &verdict.Network{
 		Cluster: []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16"), netip.MustParsePrefix("fd00:10:64::/64")}, Node: node, NodePorts: verdict.PortRange{First: 8, Last: 60000},
 		Services: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.1:80"), netip.MustParseAddrPort("203.0.113.2:15001"), netip.MustParseAddrPort("[2001:db8::1]:80")},
+		HostPorts: []netip.AddrPort{netip.MustParseAddrPort("10.64.0.1:80"), netip.MustParseAddrPort("10.64.0.1:9100"), netip.MustParseAddrPort("10.64.0.1:15001"),
+			netip.MustParseAddrPort("[fd00:10:64::1]:80")},
 	}
 	for name, v := range map[string]*verdict.Verdicts{"rich": rich(), "nothing": {}} {
 		t.Run(name, func(t *testing.T) {

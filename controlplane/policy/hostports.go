@@ -310,6 +310,17 @@ func (h *hosts) packetsTouched(x *Index, c *change) {
 	}
 }
 
+// ClaimedHostPorts lists those that pods claim, sorted by node, protocol and port.
+func (x *Index) ClaimedHostPorts() (out []HostPort) {
+	for node, claims := range x.hosts.claims {
+		for at := range claims {
+			out = append(out, HostPort{node, at.protocol, at.number})
+		}
+	}
+	slices.SortFunc(out, HostPort.compare)
+	return out
+}
+
 // Rivals lists the pods ("namespace/name") that claim a host port at one and the same address, the one that has it first; nil: there are no two.
 func (x *Index) Rivals(at HostPort) (out []string) {
 	claims := slices.Clone(x.hosts.claims[at.Node][portKey{at.Protocol, at.Port}])

@@ -86,6 +86,16 @@ func checkContainerPorts(c *corev1.Container, hostNetwork bool, at *field.Path) 
 			errs = append(errs, field.Invalid(at.Child("containerPort"), p.ContainerPort, msg))
 		}
 		errs = append(errs, checkProtocol(p.Protocol, at)...)
+		if p.HostPort != 0 {
+			for _, msg := range validation.IsValidPortNum(int(p.HostPort)) {
+				errs = append(errs, field.Invalid(at.Child("hostPort"), p.HostPort, msg))
+			}
+		}
+		if p.HostIP != "" {
+			if _, err := parseAddr(p.HostIP); err != nil {
+				errs = append(errs, field.Invalid(at.Child("hostIP"), p.HostIP, err.Error()))
+			}
+		}
 		if p.Name != "" {
 			for _, msg := range validation.IsValidPortName(p.Name) {
 				errs = append(errs, field.Invalid(at.Child("name"), p.Name, msg))

@@ -51,6 +51,8 @@ func (w World) Allowed(c Conn) (bool, string) {
 		return true, "a pod to itself"
 	case guarded && c.To == nil && w.ExternalService(corev1.Protocol(c.Protocol.String()), netip.AddrPortFrom(c.ToAddr, c.Port)) != nil:
 		return false, "a service's external address: a node would balance once more"
+	case guarded && c.To == nil && w.isHostPort(c):
+		return false, "a host port: the node would lead on to a pod"
 	case c.To != nil && hasHostIP(c.To, c.FromAddr):
 		return true, "from the destination's own node"
 	case c.From != nil && hasHostIP(c.From, c.ToAddr):
@@ -235,13 +237,7 @@ func resolves(name string, c Conn) bool {
 	if c.To == nil {
 		return false
 	}
-	containers := slices.Clone(c.To.Spec.Containers)
-	for _, init := range c.To.Spec.InitContainers {
-		if init.RestartPolicy != nil && *init.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-			containers = append(containers, init)
-		}
-	}
-	for _, container := range containers {
+	for _, container := range lasting(c.To) {
 		for _, port := range container.Ports {
 			protocol := string(port.Protocol)
 			if protocol == "" {
@@ -253,6 +249,17 @@ func resolves(name string, c Conn) bool {
 		}
 	}
 	return false
+}
+
+// lasting are the containers that run as long as the pod does.
+func lasting(pod *corev1.Pod) []corev1.Container {
+	containers := slices.Clone(pod.Spec.Containers)
+	for _, init := range pod.Spec.InitContainers {
+		if init.RestartPolicy != nil && *init.RestartPolicy == corev1.ContainerRestartPolicyAlways {
+			containers = append(containers, init)
+		}
+	}
+	return containers
 }
 
 // matches is a label selector: all of matchLabels and all of matchExpressions. NotIn holds where the key is absent.

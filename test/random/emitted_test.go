@@ -45,7 +45,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 			t.Fatal(err)
 		}
 		e := &emitted{x, map[string]*verdict.Verdicts{}}
-		external, asked := externalOf(w, s)
+		services, hostPorts, asked := externalOf(w, s)
 		gates, outs := map[string]*listenerv3.Listener{}, map[string]*listenerv3.Listener{}
 		rbacs := map[string]*corev3.TypedExtensionConfig{}
 		for _, c := range w.Connections() {
@@ -101,7 +101,7 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 				from, _ := x.Pod(key(c.From))
 				out := outs[key(c.From)]
 				if out == nil {
-					out = xds.Outbound(e.verdicts(key(c.From)), &verdict.Network{Cluster: w.PodNetwork, Node: from.NodeIPs, Services: external, NodePorts: verdict.PortRange{First: 30000, Last: 32000}})
+					out = xds.Outbound(e.verdicts(key(c.From)), &verdict.Network{Cluster: w.PodNetwork, Node: from.NodeIPs, Services: services, HostPorts: hostPorts, NodePorts: verdict.PortRange{First: 30000, Last: 32000}})
 					if err := matcher.CheckListener(out); err != nil {
 						t.Fatal(err)
 					}
@@ -145,8 +145,8 @@ func TestEmittedMatchersAgreeWithOracle(t *testing.T) {
 	t.Log(checked)
 }
 
-// externalOf takes some of the destinations outside for services' external ones.
-func externalOf(w oracle.World, s uint64) (list []netip.AddrPort, asked map[netip.AddrPort]bool) {
+// externalOf takes some of the destinations outside for services' external ones, and for host ports.
+func externalOf(w oracle.World, s uint64) (services, hostPorts []netip.AddrPort, asked map[netip.AddrPort]bool) {
 	r := rand.New(rand.NewPCG(s, 7))
 	asked = map[netip.AddrPort]bool{}
 	tried := map[netip.AddrPort]bool{}
@@ -156,12 +156,16 @@ func externalOf(w oracle.World, s uint64) (list []netip.AddrPort, asked map[neti
 			continue
 		}
 		tried[to] = true
-		if r.IntN(4) == 0 {
-			list, asked[to] = append(list, to), true
+		switch r.IntN(8) {
+		case 0:
+			services, asked[to] = append(services, to), true
+		case 1:
+			hostPorts, asked[to] = append(hostPorts, to), true
 		}
 	}
-	slices.SortFunc(list, netip.AddrPort.Compare)
-	return list, asked
+	slices.SortFunc(services, netip.AddrPort.Compare)
+	slices.SortFunc(hostPorts, netip.AddrPort.Compare)
+	return services, hostPorts, asked
 }
 
 func nodesOf(x *policy.Index, c oracle.Conn) []netip.Addr {

@@ -184,7 +184,15 @@ func (m *mutant) changePod() []event {
 }
 
 func (m *mutant) containers() (containers, inits []corev1.Container) {
-	p := choose(m.Rand, m.donor().Objects.Pods)
+	p := choose(m.Rand, m.donor().Objects.Pods).DeepCopy()
+	for _, list := range [][]corev1.Container{p.Spec.Containers, p.Spec.InitContainers} {
+		for i := range list {
+			for m.chance(40) {
+				list[i].Ports = append(list[i].Ports, corev1.ContainerPort{Protocol: m.protocol, ContainerPort: choose(m.Rand, []int32{80, 8080}),
+					HostPort: choose(m.Rand, []int32{80, 81, nodePorts[0]}), HostIP: choose(m.Rand, []string{"", "", "0.0.0.0", "::", "10.64.0.1", "172.18.0.3", "fd00:172:18::3", "198.51.100.1"})})
+			}
+		}
+	}
 	return p.Spec.Containers, p.Spec.InitContainers
 }
 

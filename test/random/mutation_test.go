@@ -63,6 +63,7 @@ func followChanges(t *testing.T, s uint64) (moved int) {
 			named.Packets = append(named.Packets, d.Packets...)
 			named.Addrs = append(named.Addrs, d.Addrs...)
 			named.NodePorts = append(named.NodePorts, d.NodePorts...)
+			named.HostPorts = append(named.HostPorts, d.HostPorts...)
 			named.External = named.External || d.External
 		}
 		if r.IntN(4) == 0 {
@@ -113,6 +114,7 @@ type podReading struct {
 	subject, hash, seen, packets string
 	destinations                 string     // what cluster IPs stand for to it
 	elsewhere                    [24]string // and elsewhere
+	node, hostPorts              string     // what is asked about at the node
 }
 
 // read reads all pods. What others see of a pod is in it, too: who depends on that has to be told by name.
@@ -134,7 +136,8 @@ func read(x *policy.Index, pods []*corev1.Pod) reading {
 		if !ok {
 			continue
 		}
-		r := podReading{subject: p.Subject.Key, hash: hashes[p.Subject.Key], seen: fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar), packets: x.Packets(p.Name).Hash()}
+		r := podReading{subject: p.Subject.Key, hash: hashes[p.Subject.Key], seen: fmt.Sprint(p.UID, p.Subject.ID, p.Addrs, p.NodeIPs, p.Sidecar), packets: x.Packets(p.Name).Hash(),
+			node: o.Spec.NodeName, hostPorts: fmt.Sprint(x.HostPorts(p.Name))}
 		for i := range serviceAddrs {
 			for _, port := range servicePorts {
 				d, _ := x.DestinationFor(p.Name, verdict.TCP, netip.AddrPortFrom(serviceAddr(i), uint16(port)))
@@ -183,7 +186,10 @@ func unnamed(before, after reading, d policy.Delta) (n int, diff string) {
 				return n, fmt.Sprintf("to pod %s %s stood for %s and stands for %s, and no delta names a pod, a service, the address or the port", name, to, was, is)
 			}
 		}
+		atNode := slices.ContainsFunc(d.HostPorts, func(p policy.HostPort) bool { return p.Node == now.node })
 		switch {
+		case old.hostPorts != now.hostPorts && !byPod && !atNode:
+			return n, fmt.Sprintf("pod %s: host ports of its node %s were %s and are %s, and no delta names it or one of them", name, now.node, old.hostPorts, now.hostPorts)
 		case (old.subject != now.subject || old.seen != now.seen) && !byPod:
 			return n, fmt.Sprintf("pod %s changed from %+v to %+v, and no delta names it", name, old, now)
 		case old.destinations != now.destinations && !byPod && len(d.Services) == 0:
@@ -249,7 +255,7 @@ func (m *mutant) compare(fresh, x *policy.Index, after reading) string {
 	if !slices.Equal(fresh.Problems(), x.Problems()) {
 		return fmt.Sprintf("problems %q, and a fresh index has %q", x.Problems(), fresh.Problems())
 	}
-	targets := atNodes()
+	targets := elsewhere()
 	for _, p := range m.Objects.Pods {
 		for _, a := range oracle.Addresses(p) {
 			targets = append(targets, netip.AddrPortFrom(a, 80))

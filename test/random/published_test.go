@@ -128,7 +128,7 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 			if e.Pod == "" && !atOwnNode(pod, e.Addr.Addr()) && slices.ContainsFunc(w.PodNetwork, func(n netip.Prefix) bool { return n.Contains(e.Addr.Addr()) }) {
 				continue // the address of a pod that is gone, or claimed by two: nobody knows who that is
 			}
-			if e.Pod == "" && (isNodePort(w, pod, e.Addr) || w.ExternalService(corev1.ProtocolUDP, e.Addr) != nil) {
+			if _, hostPort := w.HostPort(pod, corev1.ProtocolUDP, e.Addr); e.Pod == "" && (hostPort || isNodePort(w, pod, e.Addr) || w.ExternalService(corev1.ProtocolUDP, e.Addr) != nil) {
 				continue // the node would balance once more
 			}
 			for _, from := range oracle.Addresses(pod) {
@@ -142,7 +142,12 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 			}
 		}
 		service, atNode, external := slices.Contains(vips, to), isNodePort(w, pod, to), w.ExternalService(corev1.ProtocolUDP, to)
+		behind, hostPort := w.HostPort(pod, corev1.ProtocolUDP, to)
+		hostPort = hostPort && !service && !atNode && external == nil // those come first
 		switch {
+		case hostPort && (len(d.Endpoints) > 0) != behind.IsValid(), hostPort && behind.IsValid() && d.Endpoints[0].Addr != behind:
+			return led, fmt.Errorf("%s is to %s %v, not the host port of %s", to, key(pod), d.Endpoints, behind)
+		case hostPort:
 		case external != nil && d.Service != external.Namespace+"/"+external.Name:
 			return led, fmt.Errorf("%s is of service %q to %s, not of %s", to, d.Service, key(pod), external.Name)
 		case external != nil && !oracle.MayCome(pod, external, to.Addr()), !service && !atNode && external == nil, d.Outside:
@@ -153,7 +158,7 @@ func servicesDiffer(w oracle.World, x *policy.Index, pod *corev1.Pod) (led int, 
 		switch {
 		case err != nil && !refused:
 			return led, err
-		case refused != ((atNode || external != nil) && len(want) == 0):
+		case refused != ((atNode || external != nil || hostPort) && len(want) == 0):
 			return led, fmt.Errorf("%s is refused to %s: %v", to, key(pod), refused)
 		case d.Sticky && len(want) > 1 && len(got) == 1 && slices.Contains(want, got[0]):
 		case !slices.Equal(got, want):

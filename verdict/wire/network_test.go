@@ -1,6 +1,8 @@
 package wire
 
 import (
+	"bytes"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -26,6 +28,15 @@ func TestNetwork(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}, netip.AddrPort{})); diff != "" {
 		t.Error(diff)
+	}
+	before := marshal(t, NetworkMessage(&want))
+	want.HostPorts = []netip.AddrPort{netip.MustParseAddrPort("192.0.2.1:80"), netip.MustParseAddrPort("192.0.2.1:81"), netip.MustParseAddrPort("[2001:db8::1]:80")}
+	got, err = UnmarshalNetwork(marshal(t, NetworkMessage(&want))) // as agents do that know of no host ports
+	if asked := "[192.0.2.1:80 192.0.2.1:81 192.0.2.1:443 [2001:db8::1]:80 [2001:db8::9]:443]"; err != nil || fmt.Sprint(got.Services) != asked || got.HostPorts != nil {
+		t.Errorf("%v, services %v, host ports %v; want %s", err, got.Services, got.HostPorts, asked)
+	}
+	if want.HostPorts = []netip.AddrPort{}; !bytes.Equal(before, marshal(t, NetworkMessage(&want))) {
+		t.Error("without host ports it is not the message that it was")
 	}
 	want.NodePorts = verdict.DefaultNodePorts // which agents that know no other understand
 	if m := NetworkMessage(&want); m.NodePorts != nil {

@@ -51,6 +51,11 @@ func TestSlimKeepsWhatDecides(t *testing.T) {
 				s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: fmt.Sprint("198.51.100.", i)}, {IP: fmt.Sprint("192.0.2.", i), IPMode: &proxy}}
 			}
 		}
+		for i, p := range m.Objects.Pods { // host ports, too
+			for j := range p.Spec.Containers {
+				p.Spec.Containers[j].Ports = append(p.Spec.Containers[j].Ports, corev1.ContainerPort{ContainerPort: 8080, HostPort: int32(9000 + 10*i + j), HostIP: []string{"", "10.64.0.1"}[i%2]})
+			}
+		}
 		networks := Networks{Pods: m.PodNetwork, Services: m.ServiceNetwork}
 		whole, _ := record(networks, &m.Objects)
 		slimmed, _ := record(networks, &policy.Objects{})
