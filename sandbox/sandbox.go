@@ -303,6 +303,30 @@ func (s *Sandbox) services() []netns.Service {
 			}
 		}
 	}
+	return append(out, s.hostPorts(out)...)
+}
+
+// hostPorts is what CNI's portmap would do: what pods send to a host port at the node's address goes to the pod, and comes from the node. All pods being on
+// one machine here, of several nodes of the manifests the first by name has the port, and services go first.
+func (s *Sandbox) hostPorts(services []netns.Service) (out []netns.Service) {
+	node4, node6 := s.network.Addresses()
+	for _, at := range s.index.ClaimedHostPorts() {
+		number, ok := carried(at.Protocol)
+		if !ok {
+			continue
+		}
+		for _, a := range []netip.Addr{node4, node6} {
+			to := netip.AddrPortFrom(a, at.Port)
+			same := func(sv netns.Service) bool { return sv.Addr == to && sv.Protocol == number }
+			if slices.ContainsFunc(services, same) || slices.ContainsFunc(out, same) {
+				continue
+			}
+			d, _ := s.index.DestinationFor(s.index.PodsOn(at.Node)[0], at.Protocol, to)
+			if d.Service == "" && len(d.Endpoints) == 1 && d.Endpoints[0].Pod != "" {
+				out = append(out, netns.Service{Addr: to, Protocol: number, Backends: []netip.AddrPort{d.Endpoints[0].Addr}, Masqueraded: true})
+			}
+		}
+	}
 	return out
 }
 

@@ -26,7 +26,7 @@ type Packets struct {
 	// (protocol, port) and sorted by protocol and first port.
 	Ingress []PacketBlock `json:"ingress"`
 	Egress  []PacketBlock `json:"egress"`
-	// Services are those that the pod may use, and all that are to be had at nodes' and external addresses, sorted by protocol, address and port. What the pod sends
+	// Services are those that the pod may use, and all that are to be had at nodes' and external addresses, host ports of the own node among them, sorted by protocol, address and port. What the pod sends
 	// to one of them goes to an endpoint, and Egress decides on that; what it sends to any other cluster IP stays what it is, and Egress denies it.
 	Services []PacketService `json:"services,omitempty"`
 }

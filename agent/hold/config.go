@@ -28,7 +28,7 @@ type Config struct {
 	// Cluster are the prefixes whose destinations are asked about: pods and Services. Everything else is external, but for
 	// Services, and NodePorts at every address.
 	Cluster []netip.Prefix
-	// Services are external addresses of Services, with their ports; see Holder.SetServices.
+	// Services are external addresses of Services, with their ports, and host ports of the own node; see Holder.SetServices.
 	Services []netip.AddrPort
 	// NodePorts is the range of node ports.
 	NodePorts verdict.PortRange

@@ -16,7 +16,7 @@ import (
 // SetNode says what the addresses of the pod's own node are now. What comes from them is not redirected any more, so that the node sees
 // what the app does: a probe of a closed port is refused, as without a sidecar. Until it is called everything is redirected.
 //
-// Of a network only that counts, with the services at the node's own addresses, and the range of node ports; see passOwnNode.
+// Of a network only that counts, with the services and host ports at the node's own addresses, and the range of node ports; see passOwnNode.
 //
 // Connections that were not redirected, and come from no address of the node now, are forgotten by conntrack: their next packet is redirected,
 // and they are reset. On error the table is as it was, or such connections may go on.
@@ -64,7 +64,7 @@ func (r *Redirect) SetNode(n *verdict.Network) error {
 // passOwnNode leaves TCP from an address of the own node as it is, but for
 //
 //   - the capture ports, which nobody reaches but by redirect;
-//   - what comes from a port of the range of node ports, or of a service that has the node's address for an external one. An entry that such a packet
+//   - what comes from a port of the range of node ports, of a service that has the node's address for an external one, or from a host port. An entry that such a packet
 //     begins would let the app's packets to that port pass as its replies, a SYN too (RFC 9293 3.5, simultaneous open): not redirected, past the egress
 //     verdicts on what is behind the port. Whoever can forge the node's address could begin one for a confined app. Clients have their ports above the
 //     range of node ports (net.ipv4.ip_local_port_range).

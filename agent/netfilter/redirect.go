@@ -26,7 +26,7 @@ type Config struct {
 	Users []proxyuser.User
 	// Node are addresses of the pod's own node, from which TCP is not redirected; see SetNode.
 	Node []netip.Addr
-	// Services are those at the node's addresses, and NodePorts the range of its node ports: what comes from there is redirected all the same.
+	// Services are those at the node's addresses, with its host ports, and NodePorts the range of its node ports: what comes from there is redirected all the same.
 	Services  []netip.AddrPort
 	NodePorts verdict.PortRange
 	// Marked are users whose packets get Mark, so that whoever exempts the mark exempts them: for agents that may not set it.

@@ -37,6 +37,8 @@ type Service struct {
 	Protocol Protocol
 	// Backends are chosen at random for each connection. Without any, connections are refused.
 	Backends []netip.AddrPort
+	// Masqueraded says that connections come to them from the node's address.
+	Masqueraded bool
 }
 
 func (s Service) check() error {
@@ -132,7 +134,9 @@ func (t *table) empty(name string) {
 //	hook                    rule
 //	refuse, refuse-output   protocol . address . port in empty-4 → refuse
 //	nat, nat-output         protocol . address . port in services-4 → goto one-of-N, N being the number of backends
+//	nat, nat-output         before that: protocol . address . port in masked-4 → mark
 //	one-of-N                protocol . address . port . random number below N in backends-4 → dnat
+//	hairpin                 what is marked → snat to the node's address
 //	hairpin                 a backend that reached itself → snat to the node's address, else its answer would not come back by here
 //
 // so that there are as many rules for 10,000 Services as for one.
@@ -222,7 +226,8 @@ func (t *table) family(f family, services []Service) error {
 		KeyType:  nftables.MustConcatSetType(nftables.TypeInetProto, f.kind, nftables.TypeInetService, nftables.TypeInteger),
 		DataType: nftables.MustConcatSetType(f.kind, nftables.TypeInetService)}
 	itself := &nftables.Set{Table: t.table, Name: "itself-" + f.suffix, KeyType: nftables.MustConcatSetType(f.kind, f.kind)}
-	sets := []*nftables.Set{empty, chosen, backends, itself}
+	masked := &nftables.Set{Table: t.table, Name: "masked-" + f.suffix, KeyType: portKey}
+	sets := []*nftables.Set{empty, chosen, backends, itself, masked}
 	for _, s := range sets {
 		t.sets[s.Name] = s
 		if err := t.connections.AddSet(s, nil); err != nil {
@@ -238,6 +243,9 @@ func (t *table) family(f family, services []Service) error {
 			continue
 		}
 		key, count := f.keyOf(s), len(s.Backends)
+		if s.Masqueraded {
+			elements[masked] = append(elements[masked], nftables.SetElement{Key: key})
+		}
 		if count == 0 {
 			elements[empty] = append(elements[empty], nftables.SetElement{Key: key})
 			continue
@@ -285,9 +293,12 @@ const (
 	elementsPerFlush = 1024
 )
 
+// mark is that of the first packets of connections that are to come from the node's address.
+var mark = binaryutil.NativeEndian.PutUint32(0x6d71)
+
 // hookUp sends packets to the sets from the node's hooks: those of pods on arrival, the node's own on departure.
 func (t *table) hookUp(f family, node netip.Addr) {
-	empty, chosen, itself := t.sets["empty-"+f.suffix], t.sets["services-"+f.suffix], t.sets["itself-"+f.suffix]
+	empty, chosen, itself, masked := t.sets["empty-"+f.suffix], t.sets["services-"+f.suffix], t.sets["itself-"+f.suffix], t.sets["masked-"+f.suffix]
 	refuse := t.chain("refuse-" + f.suffix)
 	t.rule(refuse, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: register},
@@ -305,16 +316,29 @@ func (t *table) hookUp(f family, node netip.Addr) {
 		hook   *nftables.ChainHook
 	}{{"", nftables.ChainHookPrerouting}, {"-output", nftables.ChainHookOutput}} {
 		t.rule(t.hook("refuse"+at.suffix, nftables.ChainTypeFilter, at.hook, beforeNAT), f.only(), f.key(), isEmpty)
-		t.rule(t.hook("nat"+at.suffix, nftables.ChainTypeNAT, at.hook, *nftables.ChainPriorityNATDest), f.only(), f.key(), choose)
+		nat := t.hook("nat"+at.suffix, nftables.ChainTypeNAT, at.hook, *nftables.ChainPriorityNATDest)
+		t.rule(nat, f.only(), f.key(), []expr.Any{
+			&expr.Lookup{SourceRegister: register, SetName: masked.Name, SetID: masked.ID},
+			&expr.Immediate{Register: register, Data: mark},
+			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: register},
+		})
+		t.rule(nat, f.only(), f.key(), choose)
 	}
+	toNode := []expr.Any{
+		&expr.Immediate{Register: register, Data: node.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.nfproto), RegAddrMin: register},
+	}
+	hairpin := t.hook("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource)
+	t.rule(hairpin, f.only(), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: register},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: mark},
+	}, toNode)
 
-	t.rule(t.hook("hairpin", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource), f.only(), []expr.Any{
+	t.rule(hairpin, f.only(), []expr.Any{
 		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseNetworkHeader, Offset: f.source, Len: f.bytes},
 		&expr.Payload{DestRegister: register + f.bytes/4, Base: expr.PayloadBaseNetworkHeader, Offset: f.destination, Len: f.bytes},
 		&expr.Lookup{SourceRegister: register, SetName: itself.Name, SetID: itself.ID},
-		&expr.Immediate{Register: register, Data: node.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.nfproto), RegAddrMin: register},
-	})
+	}, toNode)
 }
 
 // oneOf makes the chain that sends a connection to one of so many backends.

@@ -33,12 +33,12 @@ spec: {nodeName: n1, containers: [{name: c, image: i}]}
 apiVersion: v1
 kind: Pod
 metadata: {name: api-0, namespace: shop, labels: {app: api, group: g, replica: "0"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
+spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: api-1, namespace: shop, labels: {app: api, replica: "1"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
+spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9081}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -48,7 +48,7 @@ spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 80
 apiVersion: v1
 kind: Pod
 metadata: {name: caged, namespace: shop, labels: {app: caged, group: g}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080}, {containerPort: 5432}]}]}
+spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9082}, {containerPort: 5432}]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -195,6 +195,7 @@ func TestServices(t *testing.T) {
 	t.Run("mixed", func(t *testing.T) { mixedEndpoints(t, s, m) })
 	t.Run("another node", func(t *testing.T) { anotherNode(t, s, m) })
 	t.Run("external addresses", func(t *testing.T) { externalAddresses(t, s, m) })
+	t.Run("host ports", func(t *testing.T) { hostPorts(t, s) })
 	t.Run("another service", func(t *testing.T) { changingService(t, s, m) })
 }
 
@@ -480,4 +481,16 @@ func changingConditions(t *testing.T, s *sandbox.Sandbox, m *source.Manifests) {
 	wantBehind(t, s, "shop/web", "api", 80, "")
 	applied(t, s, slicesOf(m, "api")...)
 	wantBehind(t, s, "shop/web", "api", 80, "api-0", "api-1", "api-2")
+}
+
+// hostPorts: to pods on its node a host port is the pod, judged by the policies of both. The node leads there who has no sidecar, with its own address,
+// which every pod on it admits.
+func hostPorts(t *testing.T, s *sandbox.Sandbox) {
+	wantBehind(t, s, "shop/web", "node", 9080, "api-0")
+	wantBehind(t, s, "shop/api-0", "node", 9080, "api-0") // itself
+	wantBehind(t, s, "shop/api-2", "node", 9081, "api-1")
+	wantBehind(t, s, "legacy/plain", "node", 9082, "caged") // the node does lead there, past policy
+	wantBehind(t, s, "shop/api-1", "node", 9082, "")        // which admits nobody
+	wantBehind(t, s, "shop/caged", "node", 9082, "caged")   // but itself
+	wantBehind(t, s, "shop/caged", "node", 9081, "")        // and may go nowhere
 }
