@@ -16,6 +16,7 @@ import (
 	"github.com/mantlet/mantlet/sandbox"
 	"github.com/mantlet/mantlet/sandbox/matrix"
 	"github.com/mantlet/mantlet/sandbox/netns"
+	"github.com/mantlet/mantlet/verdict"
 )
 
 // serving is a cluster of two nodes. web is on the first, where of the api's three replicas the first one is; caged may talk to nobody and is
@@ -33,7 +34,7 @@ spec: {nodeName: n1, containers: [{name: c, image: i}]}
 apiVersion: v1
 kind: Pod
 metadata: {name: api-0, namespace: shop, labels: {app: api, group: g, replica: "0"}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9080}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP}]}]}
+spec: {nodeName: n1, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9080}, {containerPort: 5432, hostPort: 9432}, {containerPort: 5353, protocol: UDP, hostPort: 9053}]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -48,7 +49,7 @@ spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 80
 apiVersion: v1
 kind: Pod
 metadata: {name: caged, namespace: shop, labels: {app: caged, group: g}, annotations: {mantlet.dev/server-first: "5432"}}
-spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9082}, {containerPort: 5432}]}]}
+spec: {nodeName: n2, containers: [{name: c, image: i, ports: [{containerPort: 8080, hostPort: 9082}, {containerPort: 5432}, {containerPort: 5353, protocol: UDP, hostPort: 9083}]}]}
 ---
 apiVersion: v1
 kind: Pod
@@ -493,4 +494,29 @@ func hostPorts(t *testing.T, s *sandbox.Sandbox) {
 	wantBehind(t, s, "shop/api-1", "node", 9082, "")        // which admits nobody
 	wantBehind(t, s, "shop/caged", "node", 9082, "caged")   // but itself
 	wantBehind(t, s, "shop/caged", "node", 9081, "")        // and may go nowhere
+
+	var attempts []matrix.Attempt // to be held against the evaluator, mTLS too
+	for node, pods := range map[string][]string{"n1": {"web", "api-0"}, "n2": {"api-1", "api-2", "caged"}} {
+		ports := map[string][]uint16{"n1": {9080, 9432, 9053}, "n2": {9081, 9082, 9083}}[node]
+		for _, from := range pods {
+			for _, port := range ports {
+				proto := verdict.TCP
+				if port == 9053 || port == 9083 {
+					proto = verdict.UDP
+				}
+				for _, vip := range vips["node"] {
+					attempts = append(attempts, matrix.Attempt{From: "shop/" + from, To: "host port", Via: matrix.ViaService, Addr: at(vip, port), Protocol: proto})
+				}
+			}
+		}
+	}
+	allowed := 0
+	for _, c := range try(t, s, attempts).Report.Connections {
+		if c.Verdict == matrix.Allowed {
+			allowed++
+		}
+	}
+	if want := 2 * (2*3 + 2*1 + 2); allowed != want { // all at n1; at n2 api-1, not by caged, and caged by itself
+		t.Errorf("%d attempts are allowed, want %d", allowed, want)
+	}
 }
