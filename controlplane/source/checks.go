@@ -92,8 +92,8 @@ func checkContainerPorts(c *corev1.Container, hostNetwork bool, at *field.Path) 
 			}
 		}
 		if p.HostIP != "" {
-			if _, err := parseAddr(p.HostIP); err != nil {
-				errs = append(errs, field.Invalid(at.Child("hostIP"), p.HostIP, err.Error()))
+			if a, err := netip.ParseAddr(p.HostIP); err != nil || a.Zone() != "" { // any: 0.0.0.0 means all, and 127.0.0.1 no pod sees
+				errs = append(errs, field.Invalid(at.Child("hostIP"), p.HostIP, "not an IP address, such as 192.0.2.7, or 0.0.0.0 for all of the node's"))
 			}
 		}
 		if p.Name != "" {
