@@ -9,6 +9,9 @@ import (
 // interval is a range of addresses of one family, both ends included.
 type interval struct{ first, last netip.Addr }
 
+// String is the same in every process; what fmt makes of unexported fields is not, as it tells of pointers.
+func (i interval) String() string { return i.first.String() + "-" + i.last.String() }
+
 // whole reports whether the interval is every address of its family.
 func (i interval) whole() bool { return !i.first.Prev().IsValid() && !i.last.Next().IsValid() }
 

@@ -1,12 +1,15 @@
 package packet
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -323,6 +326,20 @@ func TestEmitIsDeterministic(t *testing.T) {
 	}
 	if first, second := bytesOf(), bytesOf(); first != second {
 		t.Error("the same value gave different rules")
+	}
+}
+
+// Names stand for their content in every process: an agent that comes after another one finds its chains under the names that it would give them.
+func TestNamesAreOfTheContent(t *testing.T) {
+	rs, err := Emit(here(verdict.Packets{Egress: []verdict.PacketBlock{udp(1, 9, "10.0.0.0/8", "fd00::/8")}}), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256([]byte("[10.0.0.0-10.255.255.255] [fd00::-fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]"))
+	for _, want := range []string{"from-" + hex.EncodeToString(sum[:16]), "to-" + hex.EncodeToString(sum[:16])} {
+		if !slices.ContainsFunc(rs.Chains, func(c Chain) bool { return c.Name == want }) {
+			t.Errorf("no chain %s among %d", want, len(rs.Chains))
+		}
 	}
 }
 
