@@ -159,12 +159,23 @@ func (s *Sandbox) KillAgent(name string) error {
 	return err
 }
 
-// StartAgent starts the agent of a pod anew, as the kubelet does when a container has died: in the same pod, with the files that the last
-// one left. It does not wait.
+// StartAgent starts the agent of a pod anew, as the kubelet does when a container has died, killed or by itself: in the same pod, with the files that
+// the last one left. It does not wait.
 func (s *Sandbox) StartAgent(name string) error {
 	p := s.pods[name]
-	if p == nil || p.agent != nil || p.dir == "" {
-		return fmt.Errorf("pod %s: it has no sidecar that was killed", name)
+	if p == nil || p.dir == "" {
+		return fmt.Errorf("pod %s: it has no sidecar", name)
+	}
+	if p.agent != nil {
+		select {
+		case <-p.agent.process.Done():
+		default:
+			return fmt.Errorf("pod %s: its sidecar runs", name)
+		}
+		if err := p.agent.flows.close(); err != nil {
+			return err
+		}
+		p.agent = nil
 	}
 	run, err := s.agentRun()
 	if err != nil {

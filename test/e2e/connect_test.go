@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"testing"
 	"time"
@@ -91,6 +92,33 @@ func startHonest(t *testing.T) *sandbox.Sandbox {
 	return start(t, manifests(t, honest), o)
 }
 
+// honestVerdicts is what the connect() of web's app has to say in honest, true: connected. inside are the destinations that its sidecar asks about, others
+// those that it knows of by itself.
+func honestVerdicts(t *testing.T, s *sandbox.Sandbox) (inside, others map[string]bool) {
+	t.Helper()
+	web, api, db := pod(t, s, "shop/web"), pod(t, s, "shop/api"), pod(t, s, "shop/db")
+	inside = map[string]bool{
+		addressOf(api, 0, 8080): true, addressOf(api, 1, 8080): true, "10.96.3.1:80": true, "[fd00:10:96::31]:80": true, // allowed by both ends
+		addressOf(db, 0, 8080): false, addressOf(db, 1, 8080): false, "10.96.3.2:80": false, "[fd00:10:96::32]:80": false, // denied by the other end
+		addressOf(api, 0, 9090): false, addressOf(api, 1, 9090): false, "10.96.3.1:81": false, // another port
+		"10.96.9.9:80": false, "[fd00:10:96::99]:80": false, // nobody
+		"10.96.3.3:80": true, "[fd00:10:96::33]:80": true, // itself
+	}
+	others = map[string]bool{
+		addressOf(api, 0, 15006): false, addressOf(api, 1, 15001): false, // capture ports
+		"10.244.77.77:80":  false, // nobody
+		"198.51.100.7:443": true, "[2001:db8:1::7]:443": true, "198.51.100.200:443": false, "[2001:db8:1:0:8000::7]:443": false,
+		"198.51.100.7:444": false, "203.0.113.9:443": false, // outside
+		addressOf(web, 0, 8080): true, addressOf(web, 1, 8080): true, // itself
+	}
+	return inside, others
+}
+
+// addressOf is a port at a pod's address of a family, 0: IPv4.
+func addressOf(p *netns.Pod, family int, port uint16) string {
+	return netip.AddrPortFrom(p.Spec().IPs[family], port).String()
+}
+
 // connectSays makes one connection and holds what connect() said and whether bytes came against each other and what is wanted.
 func connectSays(t *testing.T, from *netns.Pod, when, to string, allowed bool) netns.Outcome {
 	t.Helper()
@@ -110,21 +138,11 @@ func connectSays(t *testing.T, from *netns.Pod, when, to string, allowed bool) n
 // change the very first attempt says what is in force now; by pod address, ClusterIP and external address, over IPv4 and IPv6.
 func TestConnectTellsTheTruth(t *testing.T) {
 	s := startHonest(t)
-	web, api, db := pod(t, s, "shop/web"), pod(t, s, "shop/api"), pod(t, s, "shop/db")
-	at := func(p *netns.Pod, family int, port uint16) string {
-		return netip.AddrPortFrom(p.Spec().IPs[family], port).String()
-	}
+	web, db := pod(t, s, "shop/web"), pod(t, s, "shop/db")
 	node4, node6 := s.Network().Addresses()
-	want := map[string]bool{
-		at(api, 0, 8080): true, at(api, 1, 8080): true, "10.96.3.1:80": true, "[fd00:10:96::31]:80": true, // allowed by both ends
-		at(db, 0, 8080): false, at(db, 1, 8080): false, "10.96.3.2:80": false, "[fd00:10:96::32]:80": false, // denied by the other end
-		at(api, 0, 9090): false, at(api, 1, 9090): false, "10.96.3.1:81": false, // another port
-		at(api, 0, 15006): false, at(api, 1, 15001): false, // capture ports
-		"10.96.9.9:80": false, "[fd00:10:96::99]:80": false, "10.244.77.77:80": false, // nobody
-		"198.51.100.7:443": true, "[2001:db8:1::7]:443": true, "198.51.100.200:443": false, "[2001:db8:1:0:8000::7]:443": false,
-		"198.51.100.7:444": false, "203.0.113.9:443": false, // outside
-		at(web, 0, 8080): true, at(web, 1, 8080): true, "10.96.3.3:80": true, "[fd00:10:96::33]:80": true, // itself
-	}
+	inside, others := honestVerdicts(t, s)
+	want := maps.Clone(inside)
+	maps.Copy(want, others)
 	for round := range 2 {
 		for to, allowed := range want {
 			o := connectSays(t, web, fmt.Sprintf("attempt %d", round+1), to, allowed)
@@ -156,7 +174,7 @@ func TestConnectTellsTheTruth(t *testing.T) {
 		Egress: []networkingv1.NetworkPolicyEgressRule{{
 			To:    []networkingv1.NetworkPolicyPeer{{IPBlock: &networkingv1.IPBlock{CIDR: "203.0.113.0/24"}}, {IPBlock: &networkingv1.IPBlock{CIDR: "2001:db8:1::/64"}}},
 			Ports: []networkingv1.NetworkPolicyPort{{Port: &other}}}}}}
-	dbs := []string{at(db, 0, 8080), at(db, 1, 8080), "10.96.3.2:80", "[fd00:10:96::32]:80"}
+	dbs := []string{addressOf(db, 0, 8080), addressOf(db, 1, 8080), "10.96.3.2:80", "[fd00:10:96::32]:80"}
 	outsides := []string{"203.0.113.9:443", "[2001:db8:1:0:8000::7]:443"}
 	for round := range 5 {
 		for _, allowed := range []bool{true, false} {
