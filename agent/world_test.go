@@ -260,8 +260,8 @@ func (w *world) app(address string) {
 	echo(w.t, l)
 }
 
-// peer dials from outside as shop/api's sidecar would.
-func (w *world) peer(address string) (net.Conn, error) {
+// svid is one of shop/api.
+func (w *world) svid() *x509svid.SVID {
 	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -279,10 +279,16 @@ func (w *world) peer(address string) (net.Conn, error) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	svid := &x509svid.SVID{ID: w.api, Certificates: chain, PrivateKey: key}
-	cfg := tlsconfig.MTLSClientConfig(svid, w.ca, tlsconfig.AuthorizeMemberOf(w.td))
+	return &x509svid.SVID{ID: w.api, Certificates: chain, PrivateKey: key}
+}
+
+// peer dials from outside as shop/api's sidecar would.
+func (w *world) peer(address string) (net.Conn, error) {
+	w.t.Helper()
+	cfg := tlsconfig.MTLSClientConfig(w.svid(), w.ca, tlsconfig.AuthorizeMemberOf(w.td))
 	cfg.NextProtos = []string{names.ALPN}
 	var conn net.Conn
+	var err error
 	w.outside.Do(func() { conn, err = apiDialer(address).Dial("tcp", address) })
 	if err != nil {
 		return nil, err

@@ -54,6 +54,9 @@ type Config struct {
 	// Forgotten is told which destinations were let go, by age or to make room, after their elements are gone: their on-demand
 	// clusters may go too. It may call the Holder. Nil: nobody is told.
 	Forgotten func(dests []netip.AddrPort)
+	// Binding is asked before the NFLOG group is bound, and its error is taken for the kernel's. Nil: the kernel alone says. It is for tests: a
+	// kernel that has NFLOG cannot be told to have none.
+	Binding func() error
 	// Refused is told of connections that were refused, up to 100 a second, by their ends as the app or the peer meant them. It must
 	// return at once. Nil: nobody is told.
 	Refused func(Refusal)

@@ -57,6 +57,7 @@
 //
 // # Without NFLOG
 //
-// Where the kernel has no NFLOG the SYN to an unknown destination goes on to Envoy, and whoever answers Envoy's on-demand question
-// calls [Holder.Set]: the second attempt then is truthful. [Holder.Holding] tells which of the two it is.
+// Where the kernel has no NFLOG the SYN to an unknown destination goes on to Envoy. Whoever knows what Envoy was told may call [Holder.Set], so that the
+// next attempt is truthful; the agent does not know, and leaves destinations inside the cluster to Envoy. [Holder.Holding] tells which of the two it is.
+// A group that cannot be bound for another reason, or cannot be read any more, opens nothing: Run fails, and what is unknown stays held.
 package hold

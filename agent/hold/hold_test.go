@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	nflog "github.com/florianl/go-nflog/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/netfilter"
 )
@@ -288,12 +288,11 @@ func TestAgeing(t *testing.T) {
 func TestWithoutNFLOG(t *testing.T) {
 	connect(t)
 	p := asker(oddPorts)
-	h := open(t, config(), p)
+	c := config()
+	c.Binding = func() error { return unix.EINVAL }
+	h := open(t, c, p)
 	if !h.Holding() {
 		t.Error("does not hold")
-	}
-	h.register = func(context.Context, nflog.HookFunc, nflog.ErrorFunc) error {
-		return errors.New("could not unbind existing handlers from socket: invalid argument")
 	}
 	start(t, h)
 	await(t, "the fallback", func() bool { return !h.Holding() })

@@ -24,7 +24,7 @@ type Holder struct {
 	sender *sender
 	shape  *shape
 	log    *nflog.Nflog
-	// register binds the NFLOG group; tests let it fail.
+	// register binds the NFLOG group; tests come in between.
 	register func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error
 
 	running atomic.Bool // Run hears of unknown destinations
@@ -83,7 +83,14 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 		h.Close()
 		return nil, fmt.Errorf("hold: open NFLOG: %w", err)
 	}
-	h.register = l.RegisterWithErrorFunc
+	h.register = func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error {
+		if cfg.Binding != nil {
+			if err := cfg.Binding(); err != nil {
+				return err
+			}
+		}
+		return l.RegisterWithErrorFunc(ctx, fn, errfn)
+	}
 	err = shape.write(true)
 	if errors.Is(err, unix.ENOENT) { // no logger to be had
 		h.holding = false
