@@ -89,7 +89,7 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 				return err
 			}
 		}
-		return l.RegisterWithErrorFunc(ctx, fn, errfn)
+		return bind(ctx, l, fn, errfn)
 	}
 	err = shape.write(true)
 	if errors.Is(err, unix.ENOENT) { // no logger to be had

@@ -181,7 +181,7 @@ func besiegeOutside(t *testing.T, web *netns.Pod) (stop func()) {
 	stop = sync.OnceFunc(func() {
 		cancel()
 		running.Wait()
-		if tried < 100 {
+		if tried < 20 {
 			t.Errorf("tried only %d times to get out", tried)
 		}
 	})

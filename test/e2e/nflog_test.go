@@ -82,14 +82,19 @@ func takeGroup(t *testing.T, p *netns.Pod) (release func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var l *nflog.Nflog
-	if err := p.Do(func() (err error) {
-		if l, err = nflog.Open(&nflog.Config{Group: hold.Defaults().Group, Copymode: nflog.CopyPacket}); err != nil {
+	await(t, "the group", func() bool { // the library takes a packet that comes while it binds for an answer
+		if err := p.Do(func() (err error) {
+			l, err = nflog.Open(&nflog.Config{Group: hold.Defaults().Group, Copymode: nflog.CopyPacket})
 			return err
+		}); err != nil {
+			t.Fatal(err)
 		}
-		return l.RegisterWithErrorFunc(ctx, func(nflog.Attribute) int { return 0 }, func(error) int { return 1 })
-	}); err != nil {
-		t.Fatal(err)
-	}
+		err := l.RegisterWithErrorFunc(ctx, func(nflog.Attribute) int { return 0 }, func(error) int { return 1 })
+		if err != nil {
+			l.Close()
+		}
+		return err == nil
+	})
 	return func() {
 		cancel()
 		if err := l.Close(); err != nil {
