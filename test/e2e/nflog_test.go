@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -121,6 +123,7 @@ func TestNFLOGOverrun(t *testing.T) {
 	}
 	signal(syscall.SIGSTOP)
 	defer signal(syscall.SIGCONT)
+	await(t, "each of its threads to stop", func() bool { return stopped(t, sc.Agent) })
 	lost := func() int {
 		_, n, there := logSocket(t, web)
 		if !there {
@@ -148,6 +151,21 @@ func TestNFLOGOverrun(t *testing.T) {
 	if n := accepted(t, db, echo); n != 0 {
 		t.Errorf("db has accepted %d connections", n)
 	}
+}
+
+// stopped reports whether a process, which must be there, is stopped altogether.
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*/status", pid))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("process %d: %v, threads %v", pid, err, files)
+	}
+	for _, f := range files {
+		if text, err := os.ReadFile(f); err != nil || !strings.Contains(string(text), "State:\tT") {
+			return false
+		}
+	}
+	return true
 }
 
 // flood begins so many connections from a pod to one port of each of some addresses, and waits for none.
