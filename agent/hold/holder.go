@@ -13,6 +13,7 @@ import (
 
 	nflog "github.com/florianl/go-nflog/v2"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"github.com/mantlet/mantlet/verdict"
 )
@@ -26,6 +27,8 @@ type Holder struct {
 	log    *nflog.Nflog
 	// register binds the NFLOG group; tests come in between.
 	register func(ctx context.Context, fn nflog.HookFunc, errfn nflog.ErrorFunc) error
+
+	crowded rate.Sometimes // says that there are too many questions
 
 	running atomic.Bool // Run hears of unknown destinations
 
@@ -76,7 +79,7 @@ func Open(cfg Config, asker Asker, logger *slog.Logger) (*Holder, error) {
 		err = l.Con.SetReadBuffer(1 << 20) // a burst of SYNs
 	}
 	h := &Holder{
-		asker: asker, logger: logger, sender: s, shape: shape, log: l, cfg: cfg, kernel: k, holding: true, failed: make(chan error, 1),
+		asker: asker, logger: logger, sender: s, shape: shape, log: l, cfg: cfg, kernel: k, holding: true, failed: make(chan error, 1), crowded: rate.Sometimes{Interval: time.Second},
 		ledger: newLedger(cfg.MaxAllowed, cfg.MaxDenied), pending: map[netip.AddrPort]*question{},
 	}
 	if err != nil {
@@ -283,7 +286,9 @@ func (h *Holder) receive(logged []byte) {
 	case len(h.pending) >= h.cfg.MaxQuestions:
 		c := h.cfg
 		h.mu.Unlock()
-		h.logger.Warn("hold: too many questions at a time; refused", "destination", p.dest, "questions", c.MaxQuestions)
+		h.crowded.Do(func() { // a scan would bury what else is logged
+			h.logger.Warn("hold: too many questions at a time; refused, as others are that this is not said of", "destination", p.dest, "questions", c.MaxQuestions)
+		})
 		if h.commit(change{dest: p.dest, ttl: c.ErrorTTL}) == nil {
 			h.send(p)
 		}
