@@ -156,7 +156,7 @@ func (s *Sandbox) judge(ctx context.Context, c *matrix.Connection, a matrix.Atte
 	switch {
 	case o.Reached != "":
 		c.Verdict = matrix.Allowed
-		if p := s.pods[reached]; p != nil && p.agent != nil && reached != a.From {
+		if p := s.pods[reached]; p != nil && reached != a.From {
 			var err error
 			if flow, err = s.evidence(ctx, a.From, p, o); err != nil {
 				return nil, err
@@ -201,7 +201,8 @@ func (s *Sandbox) meant(a matrix.Attempt, reached string) bool {
 }
 
 // evidence waits for what the sidecar of the reached pod logged of the very connection that its app saw, and returns it if it was
-// authenticated as the source's identity; the source's sidecar has to tell the same of its end. A connection from a pod without sidecar is let in as plaintext and gives none.
+// authenticated as the source's identity; the source's sidecar has to tell the same of its end. A connection from a pod without sidecar is let in as plaintext and gives none,
+// and so does one to such a pod.
 func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Outcome) (*Flow, error) {
 	ctx, cancel := context.WithTimeout(ctx, flowPatience)
 	defer cancel()
@@ -209,6 +210,9 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 	port, err := strconv.ParseUint(number, 10, 16)
 	if err != nil {
 		return nil, fmt.Errorf("%s answers as %q: %w", to.name, o.Reached, err)
+	}
+	if to.agent == nil {
+		return nil, s.unproved(ctx, from, to, o.Seen, uint16(port))
 	}
 	rec, err := to.agent.flows.wait(ctx, toApp(o.Seen, uint16(port)))
 	if err != nil {
@@ -232,6 +236,26 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 		}
 	}
 	return &Flow{From: from, To: to.name, FromID: rec.Peer, ToID: id, Source: rec.Source, Destination: rec.Destination}, nil
+}
+
+// unproved fails where the source's sidecar tells otherwise of a connection to a pod without one than that it led to that pod, which proved nothing.
+func (s *Sandbox) unproved(ctx context.Context, from string, to *pod, seen netip.AddrPort, port uint16) error {
+	client := s.pods[from].agent
+	is, _ := s.index.Pod(to.name)
+	i := slices.IndexFunc(is.Addrs, func(a netip.Addr) bool { return a.Is4() == seen.Addr().Unmap().Is4() })
+	if client == nil || i < 0 {
+		return nil
+	}
+	at := netip.AddrPortFrom(is.Addrs[i], port)
+	told, err := client.flows.wait(ctx, toPeer(seen, at))
+	if err != nil {
+		return fmt.Errorf("the sidecar of %s did not log its connection from %s to %s at %s: %w", from, seen, to.name, at, err)
+	}
+	if id := is.Subject.ID.String(); told.Verdict != flows.Allowed || told.Peer != id || told.Authenticated {
+		return fmt.Errorf("the sidecar of %s logged its connection to %s, which has no sidecar to prove anything, as %s, to %q, authenticated: %t",
+			from, to.name, told.Verdict, told.Peer, told.Authenticated)
+	}
+	return nil
 }
 
 // podOf is "namespace/pod" of a server that calls itself "namespace/pod:port".
