@@ -35,10 +35,7 @@ func (cp *ControlPlane) Resolve(client server.Client, name string) (*server.Reso
 		asked.noted = cp.moves
 	}
 	asked.begin(cp.changes)
-	// What policy denies outside has no cluster, as if nobody had it.
-	if reach.Known && (!reach.Outside || len(reach.Endpoints) > 0 && !capturePort(to)) {
-		asked.known = true
-	}
+	asked.known = asked.known || reach.Known // what policy denies has a cluster, too, without endpoints: so the sidecar's log tells it from what nobody has
 	if !asked.known {
 		return nil, false
 	}

@@ -9,8 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
@@ -71,6 +73,42 @@ func TestExternalAddressesArePublished(t *testing.T) {
 	}
 	if fresh := newTown(t); !maps.Equal(wantedBy(fresh.ControlPlane, pod), before) {
 		t.Error("with no external address it is not as if there had been none")
+	}
+}
+
+// TestDeniedOutside: what policy denies at a port that is asked about, outside the cluster, is a cluster without endpoints, by which the sidecar's log tells
+// it from what nobody has, and is another one when policy admits it.
+func TestDeniedOutside(t *testing.T) {
+	w := newTown(t)
+	const pod, name = "shop/api-3", "od|198.51.100.1:30443"
+	endpoints := func() string {
+		r, ok := w.Resolve(pod, name)
+		if !ok {
+			return "unknown"
+		}
+		c := new(clusterv3.Cluster)
+		if err := r.Any.UnmarshalTo(c); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(len(c.GetLoadAssignment().GetEndpoints()))
+	}
+	if got := endpoints(); got != "1" {
+		t.Errorf("%s endpoints where nothing isolates the pod", got)
+	}
+	w = newTown(t) // in which nobody has asked yet
+	for _, c := range []struct{ egress, want string }{
+		{"[]", "0"},
+		{"[{to: [{ipBlock: {cidr: 198.51.100.0/24}}]}]", "1"},
+		{"[{to: [{ipBlock: {cidr: 203.0.113.0/24}}]}]", "0"},
+	} {
+		p := &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "egress"}}
+		if err := yaml.UnmarshalStrict([]byte("{podSelector: {}, policyTypes: [Egress], egress: "+c.egress+"}"), &p.Spec); err != nil {
+			t.Fatal(err)
+		}
+		w.apply(p)
+		if got := endpoints(); got != c.want {
+			t.Errorf("egress %s: %s endpoints, want %s", c.egress, got, c.want)
+		}
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 // Reach is what a client may reach at a destination. It is shared, and must not be changed.
 type Reach struct {
 	Known     bool       // the destination stands for something
-	Outside   bool       // see Destination
 	Endpoints []Endpoint // see Admitted
 	// Own says that something of this client alone has a part in it, and that it is made anew for whoever asks: where the client is, the client itself
 	// among the endpoints, its very address. Otherwise all clients of its subject get the very same, until the next change of the Index.
@@ -32,7 +31,7 @@ func (x *Index) Reach(client string, proto verdict.Protocol, to netip.AddrPort) 
 	p := x.pods[client]
 	if p == nil || !p.sidecar { // who has no sidecar may be of the same subject all the same, and is judged otherwise
 		d, known := x.DestinationFor(client, proto, to)
-		return &Reach{Known: known, Outside: d.Outside, Endpoints: x.Admitted(client, d), Own: true}
+		return &Reach{Known: known, Endpoints: x.Admitted(client, d), Own: true}
 	}
 	q := question{p.subject, proto, to}
 	if r := x.reached[q]; r != nil {
@@ -40,7 +39,7 @@ func (x *Index) Reach(client string, proto verdict.Protocol, to netip.AddrPort) 
 	}
 	d, known := x.DestinationFor(client, proto, to)
 	endpoints, own := x.admitted(client, d)
-	r := &Reach{Known: known, Outside: d.Outside, Endpoints: endpoints, Own: own || d.own}
+	r := &Reach{Known: known, Endpoints: endpoints, Own: own || d.own}
 	if r.Own {
 		return r
 	}
