@@ -53,7 +53,7 @@ func (p *persistent) unanswered(r *http.Request, err error) {
 	defer p.mu.Unlock()
 	if time.Since(p.said) > sayAgain {
 		p.said = time.Now()
-		p.log.Warn("the API server does not answer; what is known stays, and it is asked again every second or two", "path", r.URL.Path, "error", err)
+		p.log.Warn("the API server does not answer; what is known stays, and it is asked again every second or two", "server", r.URL.Host, "path", r.URL.Path, "error", err)
 	}
 }
 

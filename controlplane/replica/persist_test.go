@@ -53,8 +53,8 @@ func TestPersistent(t *testing.T) {
 	if n := len(from.asked); n != 3 {
 		t.Errorf("asked %d times, want 3", n)
 	}
-	if text := log.String(); strings.Count(text, "does not answer") != 1 || strings.Count(text, "answers again") != 1 {
-		t.Errorf("logged:\n%s\nwant once that nobody answers, and once that somebody does", text)
+	if text := log.String(); strings.Count(text, "does not answer") != 1 || !strings.Contains(text, "server="+server.Listener.Addr().String()) || strings.Count(text, "answers again") != 1 {
+		t.Errorf("logged:\n%s\nwant once that nobody answers, and who, and once that somebody does", text)
 	}
 
 	from.left = 1
