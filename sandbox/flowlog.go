@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/mantlet/mantlet/agent/flows"
 )
@@ -112,6 +113,34 @@ func (f *flowLog) wait(ctx context.Context, c onward) (flows.Record, error) {
 			return r, ctx.Err()
 		}
 	}
+}
+
+const (
+	// renumbered is when another connection is looked for, as the one asked for may have another source port. Far longer than records take.
+	renumbered = 3 * time.Second
+	// recent bounds how old that may be.
+	recent = 30 * time.Second
+)
+
+// waitToPeer returns the record of the pod's own connection to another pod, by its ends as that one knows them. Where two connections of a pod have one source
+// port, to two ports of the other pod, that one's redirect leads both to one port, and the kernel gives the second another source port
+// (nf_nat: what comes back has to be told apart). Then it is the newest to the same destination that nobody has asked for.
+func (f *flowLog) waitToPeer(ctx context.Context, from, to netip.AddrPort) (flows.Record, error) {
+	exactly, cancel := context.WithTimeout(ctx, renumbered)
+	defer cancel()
+	r, err := f.wait(exactly, toPeer(from, to))
+	if err == nil || exactly.Err() == nil || ctx.Err() != nil {
+		return r, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range slices.Backward(f.order) {
+		if other, ok := f.kept[c]; ok && c.to == unmap(to) && c.from.Addr() == unmap(from).Addr() && time.Since(other.Time) < recent {
+			delete(f.kept, c)
+			return other, nil
+		}
+	}
+	return r, err
 }
 
 // findRevoked returns the newest record of a connection that was cut for which is holds.

@@ -2,10 +2,34 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 )
+
+// A connection whose source port was changed on the way is told of all the same, once; one that was not logged is not.
+func TestFlowLogOfRenumbered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFlowLog()
+		line := `{"time":%q,"log":"outbound","direction":"outbound","verdict":"allowed","peer":"spiffe://a/b","authenticated":true,"upstreamLocal":%q,"upstreamRemote":"10.64.0.3:80"}` + "\n"
+		for _, from := range []string{"10.64.0.2:40000", "10.64.0.2:40001", "10.64.0.9:40002"} {
+			if _, err := fmt.Fprintf(f, line, time.Now().Format(time.RFC3339Nano), from); err != nil {
+				t.Fatal(err)
+			}
+		}
+		to := netip.MustParseAddrPort("10.64.0.3:80")
+		for _, from := range []string{"10.64.0.2:40001", "10.64.0.2:1408"} {
+			if r, err := f.waitToPeer(t.Context(), netip.MustParseAddrPort(from), to); err != nil || r.Peer != "spiffe://a/b" {
+				t.Errorf("%s: %+v, %v", from, r, err)
+			}
+		}
+		if r, err := f.waitToPeer(t.Context(), netip.MustParseAddrPort("10.64.0.2:1409"), to); err == nil {
+			t.Errorf("a record is used twice, or another pod's: %+v", r)
+		}
+	})
+}
 
 func TestFlowLogJoinsLinesAndUsesEachOnce(t *testing.T) {
 	f := newFlowLog()

@@ -227,7 +227,7 @@ func (s *Sandbox) evidence(ctx context.Context, from string, to *pod, o netns.Ou
 	}
 	id := s.index.Subject(to.name).ID.String()
 	if client := s.pods[from].agent; client != nil { // an impostor has none
-		told, err := client.flows.wait(ctx, toPeer(rec.Source, rec.Destination))
+		told, err := client.flows.waitToPeer(ctx, rec.Source, rec.Destination)
 		if err != nil {
 			return nil, fmt.Errorf("the sidecar of %s did not log its connection from %s to %s at %s: %w", from, rec.Source, to.name, rec.Destination, err)
 		}
@@ -247,7 +247,7 @@ func (s *Sandbox) unproved(ctx context.Context, from string, to *pod, seen netip
 		return nil
 	}
 	at := netip.AddrPortFrom(is.Addrs[i], port)
-	told, err := client.flows.wait(ctx, toPeer(seen, at))
+	told, err := client.flows.waitToPeer(ctx, seen, at)
 	if err != nil {
 		return fmt.Errorf("the sidecar of %s did not log its connection from %s to %s at %s: %w", from, seen, to.name, at, err)
 	}
