@@ -105,9 +105,7 @@ func (k *soak) killAgent() {
 
 // killControlPlane has the cluster do without for a while, in which policy may be edited and an Envoy die.
 func (k *soak) killControlPlane() {
-	for _, peer := range hammer.Contestants { // who has just been restarted has to know all destinations
-		k.within(func(ctx context.Context) error { return k.arena.AwaitFrom(ctx, peer, 2*len(k.arena.Targets)) })
-	}
+	k.know()
 	k.s.StopControlPlane()
 	k.within(func(ctx context.Context) error { return k.arena.Await(ctx, k.rand.IntN(200)) })
 	name, dead, began := "", 0, time.Now()
@@ -139,8 +137,17 @@ func (k *soak) killControlPlane() {
 	k.arena.History.Confirm()
 }
 
+// know waits until everybody has tried all destinations, who has just been restarted, too: what is unknown is refused without a control plane, and for two
+// seconds after that (hold.Config.ErrorTTL).
+func (k *soak) know() {
+	for _, peer := range hammer.Contestants {
+		k.within(func(ctx context.Context) error { return k.arena.AwaitFrom(ctx, peer, 2*len(k.arena.Targets)) })
+	}
+}
+
 // freeze has the control plane hang for a while.
 func (k *soak) freeze() {
+	k.know()
 	thaw := k.s.FreezeControlPlane()
 	k.within(func(ctx context.Context) error { return k.arena.Await(ctx, k.rand.IntN(200)) })
 	thaw()
