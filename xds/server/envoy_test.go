@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -161,15 +162,20 @@ func banner(t *testing.T, text string) int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-// freePort returns a port that nobody listens on.
+// freePort returns a port that nobody listens on, below those that connections get by themselves (net.ipv4.ip_local_port_range, 32768 and up): one of these
+// can be somebody's before Envoy has it.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "0.0.0.0:0")
-	if err != nil {
-		t.Fatal(err)
+	var err error
+	for range 20 {
+		var l net.Listener
+		if l, err = net.Listen("tcp", fmt.Sprintf("0.0.0.0:%d", 10000+rand.IntN(20000))); err == nil {
+			defer l.Close()
+			return l.Addr().(*net.TCPAddr).Port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatal(err)
+	return 0
 }
 
 // dial connects and reads to the end; it returns what came and how long the whole took.
