@@ -284,6 +284,9 @@ func (h *hosts) servesPackets(node string) bool {
 
 // packetsTouched marks the packets of the pods on nodes of which host ports of UDP or SCTP are touched, or the pods behind them, or their policy.
 func (h *hosts) packetsTouched(x *Index, c *change) {
+	if len(h.claims) == 0 && len(c.hostPorts) == 0 { // in nearly all clusters, at each change
+		return
+	}
 	nodes := map[string]bool{}
 	for at := range c.hostPorts {
 		if at.Protocol != verdict.TCP {
@@ -323,13 +326,12 @@ func (x *Index) ClaimedHostPorts() (out []HostPort) {
 
 // Rivals lists the pods ("namespace/name") that claim a host port at one and the same address, the one that has it first; nil: there are no two.
 func (x *Index) Rivals(at HostPort) (out []string) {
-	claims := slices.Clone(x.hosts.claims[at.Node][portKey{at.Protocol, at.Port}])
+	if len(x.hosts.claims[at.Node][portKey{at.Protocol, at.Port}]) < 2 {
+		return nil
+	}
 	addrs := slices.Clone(x.nodes.addrs[at.Node])
 	for _, p := range x.hosts.pods[at.Node] {
 		addrs = append(addrs, p.hostIPs...)
-	}
-	if len(claims) < 2 {
-		return nil
 	}
 	for _, a := range sortedAddrs(addrs) {
 		var names []string

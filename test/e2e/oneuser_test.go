@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/netfilter"
+	"github.com/mantlet/mantlet/agent/podtest"
 	"github.com/mantlet/mantlet/sandbox/netns"
 )
 
@@ -77,18 +78,7 @@ func asOrdinaryUser(t *testing.T, test string) {
 		t.Fatal("an ordinary user's enclosure has more than one user")
 	}
 	b := binaries(t)
-	dir, err := os.MkdirTemp("", "oneuser") // where that user may go
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	dir := podtest.Dir(t) // where that user may go
 	reachable := map[string]string{builtAgent: b.Agent, "MANTLET_ENVOY": b.Envoy}
 	env := append(os.Environ(), asOneUser+"=1", "PATH=/nonexistent", "GORACE=atexit_sleep_ms=0") // no newuidmap, which could give it more users
 	for variable, program := range reachable {

@@ -36,7 +36,7 @@ func Config(t testing.TB, s *cluster.APIServer) *rest.Config {
 	return config
 }
 
-// Client is an administrator's, with connections of its own and no limit of requests: tests do not wait for themselves.
+// Client is an administrator's, without a limit of requests: tests do not wait for themselves.
 func Client(t testing.TB, s *cluster.APIServer) kubernetes.Interface {
 	t.Helper()
 	config := Config(t, s)
