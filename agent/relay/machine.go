@@ -37,10 +37,12 @@ type machine struct {
 
 	nonces uint64
 	news   map[netip.AddrPort]Verdict // answers that have changed and were not told yet
+	// unserved are destinations that were refused because the control plane could not be reached, until it can be.
+	unserved map[netip.AddrPort]bool
 }
 
 func newMachine(logger *slog.Logger, ledger *Ledger) *machine {
-	return &machine{logger: logger, ledger: ledger, kinds: map[string]*kind{}, news: map[netip.AddrPort]Verdict{},
+	return &machine{logger: logger, ledger: ledger, kinds: map[string]*kind{}, news: map[netip.AddrPort]Verdict{}, unserved: map[netip.AddrPort]bool{},
 		maxNames: MaxNames, maxBytes: maxUnansweredBytes, tell: func(map[netip.AddrPort]Verdict) {}}
 }
 

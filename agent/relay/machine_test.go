@@ -24,11 +24,13 @@ type world struct {
 	view    map[netip.AddrPort]bool
 	waiting map[netip.AddrPort][]chan answer
 	asked   map[netip.AddrPort]bool
+	refused map[netip.AddrPort]bool // for want of a control plane, as far as the agent knows
 	trace   []string
 }
 
 func newWorld(t *testing.T) *world {
-	w := &world{t: t, plane: newSimPlane(t), up: true, view: map[netip.AddrPort]bool{}, waiting: map[netip.AddrPort][]chan answer{}, asked: map[netip.AddrPort]bool{}}
+	w := &world{t: t, plane: newSimPlane(t), up: true, view: map[netip.AddrPort]bool{}, waiting: map[netip.AddrPort][]chan answer{}, asked: map[netip.AddrPort]bool{},
+		refused: map[netip.AddrPort]bool{}}
 	log := slog.New(slog.DiscardHandler)
 	w.m = newMachine(log, newLedger(log))
 	w.m.tell = func(news map[netip.AddrPort]Verdict) {
@@ -37,6 +39,7 @@ func newWorld(t *testing.T) *world {
 				w.note("told: %s is unknown", dest)
 				delete(w.view, dest)
 				delete(w.asked, dest)
+				delete(w.refused, dest)
 				continue
 			}
 			w.learn(dest, v == Allowed, "told")
@@ -52,6 +55,8 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
+const away = "the control plane is away"
+
 func (w *world) note(format string, args ...any) {
 	w.trace = append(w.trace, fmt.Sprintf(format, args...))
 }
@@ -60,6 +65,7 @@ func (w *world) note(format string, args ...any) {
 func (w *world) learn(dest netip.AddrPort, allowed bool, how string) {
 	w.note("%s: %s %t", how, dest, allowed)
 	w.view[dest] = allowed
+	delete(w.refused, dest)
 	if allowed && w.envoy != nil && w.m.envoy == w.envoy.side {
 		if v := w.envoy.held.of(TypeCluster)[onDemandName(dest)]; !full(v) {
 			w.t.Fatalf("%s %s as allowed while envoy holds %q", how, dest, v)
@@ -73,6 +79,9 @@ func (w *world) answers() {
 			select {
 			case a := <-c:
 				w.learn(dest, a.allowed && a.err == nil, fmt.Sprint("answered ", a.err))
+				if a.err != nil && a.err.Error() == away {
+					w.refused[dest] = true
+				}
 				return true
 			default:
 				return false
@@ -187,7 +196,7 @@ func (w *world) moves() (list []func()) {
 		list = append(list, w.connect)
 	}
 	if !w.up && w.plane.side == nil {
-		list = append(list, func() { w.m.planeIsDown("the control plane is away") })
+		list = append(list, func() { w.m.planeIsDown(away) })
 	}
 	if w.envoy != nil && len(w.envoy.ways.up) > 0 {
 		list = append(list, w.fromEnvoy)
@@ -256,6 +265,9 @@ func (w *world) rested() {
 			}
 		}
 	}
+	for dest := range w.refused {
+		w.t.Errorf("the agent still refuses %s for want of a control plane, which is back", dest)
+	}
 	clusters := w.m.kind(TypeCluster)
 	for dest := range w.asked {
 		name := onDemandName(dest)
@@ -299,6 +311,7 @@ func (w *world) forget(dest netip.AddrPort) {
 	w.note("forget %s", dest)
 	delete(w.asked, dest)
 	delete(w.view, dest)
+	delete(w.refused, dest)
 	w.m.forget([]netip.AddrPort{dest})
 }
 

@@ -25,6 +25,7 @@ func (m *machine) planeComes(side *planeSide) {
 	m.forgetStream()
 	side.nonces = map[string]bool{}
 	m.plane, m.down, m.why = side, false, ""
+	m.served()
 	side.wake()
 }
 

@@ -67,7 +67,8 @@ func (r *Relay) gone(ctx context.Context) error {
 // OnDestinations has every later change of an answer told, in the order in which the control plane sent: a denial before Envoy gets the emptied cluster,
 // an admission after Envoy has ACKed the new one. What is denied and comes to be admitted is forgotten here, and told as Unknown, before
 // the control plane hears that it is in force: an edit may admit hundreds of destinations that nobody will connect to, and each cluster costs Envoy
-// more than all else that the edit changes. Whoever does connect there asks.
+// more than all else that the edit changes. Whoever does connect there asks. What got an error because the control plane could not be reached is told as
+// Unknown when it can be again.
 //
 // Changes that come while tell is busy are told together, the last one of each destination. It waits for tell, at most a second: Envoy is the
 // authority and must not wait for long. tell may call Forget, and must not wait for Ask. A destination that was forgotten a moment ago may be told of
@@ -94,6 +95,7 @@ func (m *machine) ask(dest netip.AddrPort, reply chan answer) {
 	e := k.entries[name]
 	switch {
 	case m.down && (e == nil || !e.answered):
+		m.unserve(dest)
 		reply <- answer{err: errors.New(m.why)}
 		return
 	case e == nil && len(k.entries) >= m.maxNames:
@@ -171,6 +173,9 @@ func (m *machine) abandon() {
 	var list []*entry
 	for _, e := range m.kind(TypeCluster).sorted() {
 		if q := e.question; q != nil && !e.answered {
+			if len(q.waiting) > 0 {
+				m.unserve(q.dest)
+			}
 			q.reply(answer{err: errors.New(m.why)})
 			if q.told == Unknown { // nobody has an answer that would have to be kept true
 				list = append(list, e)
@@ -178,6 +183,23 @@ func (m *machine) abandon() {
 		}
 	}
 	m.release(list)
+}
+
+// unserve notes that a destination is refused for want of a control plane.
+func (m *machine) unserve(dest netip.AddrPort) {
+	if len(m.unserved) < m.maxNames {
+		m.unserved[dest] = true
+	}
+}
+
+// served is for when the control plane can be reached: what was refused without it is worth asking about again. A control plane that is content with what is
+// held says nothing, so its first answer is not waited for.
+func (m *machine) served() {
+	for dest := range m.unserved {
+		m.news[dest] = Unknown
+	}
+	clear(m.unserved)
+	m.deliver()
 }
 
 func (m *machine) forget(dests []netip.AddrPort) {

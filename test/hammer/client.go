@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"strings"
@@ -23,6 +24,9 @@ type Target struct {
 	Protocol verdict.Protocol
 	Addr     netip.AddrPort
 }
+
+// key tells targets apart.
+func (t Target) key() string { return t.Protocol.String() + " " + t.Addr.String() }
 
 // Attempt is one connection that was tried.
 type Attempt struct {
@@ -81,7 +85,8 @@ type Siege struct {
 
 	mu       sync.Mutex
 	attempts []Attempt      // that nobody has judged
-	count    map[string]int // attempts so far, by peer; "" is all
+	count    int            // attempts so far
+	counts   map[string]int // the same, by peer and target
 	more     chan struct{}  // closed at the next attempt
 	failed   error
 	excused  []span
@@ -102,7 +107,7 @@ type span struct {
 
 // NewSiege returns a siege of apps that nobody takes part in yet.
 func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
-	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), count: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{},
+	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), counts: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{},
 		late: map[string]bool{}, mute: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -163,20 +168,40 @@ func (s *Siege) add(a Attempt) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.attempts = append(s.attempts, a)
-	s.count[""]++
-	s.count[a.Peer]++
+	s.count++
+	s.counts[a.Peer+" "+a.Target.key()]++
 	close(s.more)
 	s.more = make(chan struct{})
 }
 
 // Await returns when so many more attempts have ended.
-func (s *Siege) Await(ctx context.Context, n int) error { return s.AwaitFrom(ctx, "", n) }
-
-// AwaitFrom returns when so many more attempts of a peer have ended.
-func (s *Siege) AwaitFrom(ctx context.Context, peer string, n int) error {
+func (s *Siege) Await(ctx context.Context, n int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for want := s.count[peer] + n; s.count[peer] < want; {
+	want := s.count + n
+	if err := s.until(ctx, func() bool { return s.count >= want }); err != nil {
+		return fmt.Errorf("wait for %d more attempts: %w", want-s.count, err)
+	}
+	return nil
+}
+
+// AwaitEach returns when a peer has begun and ended an attempt at each of some targets.
+func (s *Siege) AwaitEach(ctx context.Context, peer string, targets []Target) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := maps.Clone(s.counts)
+	for _, to := range targets {
+		key := peer + " " + to.key()
+		if err := s.until(ctx, func() bool { return s.counts[key] >= before[key]+2 }); err != nil { // one may have been under way
+			return fmt.Errorf("wait for %s to try %s: %w", peer, to.key(), err)
+		}
+	}
+	return nil
+}
+
+// until waits, attempt by attempt, for something that the lock is for, which the caller holds.
+func (s *Siege) until(ctx context.Context, done func() bool) error {
+	for !done() {
 		more := s.more
 		s.mu.Unlock()
 		select {
@@ -185,7 +210,7 @@ func (s *Siege) AwaitFrom(ctx context.Context, peer string, n int) error {
 		}
 		s.mu.Lock()
 		if ctx.Err() != nil {
-			return fmt.Errorf("wait for %d more attempts %s: %w", want-s.count[peer], peer, ctx.Err())
+			return ctx.Err()
 		}
 	}
 	return nil

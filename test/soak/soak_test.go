@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -79,6 +81,11 @@ type soak struct {
 	contest *hammer.Contest
 	total   hammer.Tally
 	done    map[string]int // steps, by name
+	steps   []string       // what was done when
+	wrong   int            // what was wrong when it was last looked at
+	logs    []string       // of agents, of when something was wrong
+	slowest time.Duration  // until a sidecar that was killed was back
+	slow    string         // its agent's log
 }
 
 func TestSoak(t *testing.T) {
@@ -118,6 +125,9 @@ func TestSoak(t *testing.T) {
 	t.Logf("%v, %d states of policy\n%s%s", k.done, k.arena.History.Len(), &k.total, table(before, after))
 	for _, c := range k.total.Complaints {
 		t.Error(c)
+	}
+	for _, l := range append(k.logs, k.slow) {
+		t.Log(l)
 	}
 	compare(t, before, after)
 	if k.total.Denied == 0 || k.total.Allowed == 0 || k.total.Echoed == 0 {
@@ -201,8 +211,24 @@ func (k *soak) figures(pods []string) figures {
 	return measure(k.t, k.s, pods)
 }
 
-// judge holds what was tried so far against the evaluator. It is for when nothing is being killed.
-func (k *soak) judge() { k.total.Add(k.arena.Judge()) }
+// judge holds what was tried so far against the evaluator. It is for when nothing is being killed. What explains the first few wrong ones is kept: agents
+// that are killed later take their logs along.
+func (k *soak) judge() {
+	k.total.Add(k.arena.Judge())
+	if k.total.Wrong == k.wrong || len(k.logs) > maxLogs {
+		return
+	}
+	k.logs = append(k.logs, fmt.Sprintf("%d wrong (%d before) after these steps:\n%s", k.total.Wrong, k.wrong, strings.Join(k.steps[max(0, len(k.steps)-lastSteps):], "\n")))
+	k.wrong = k.total.Wrong
+	for _, name := range append(append([]string{}, mortals...), immortals...) {
+		k.logs = append(k.logs, fmt.Sprintf("the agent of %s:\n%s", name, k.s.AgentLog(name)))
+	}
+}
+
+const (
+	lastSteps = 40
+	maxLogs   = 20
+)
 
 var errTooLate = errors.New("it took too long")
 

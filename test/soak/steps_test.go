@@ -14,7 +14,9 @@ import (
 func (k *soak) step() {
 	do := func(what string, f func()) {
 		k.done[what]++
+		k.note("%s", what)
 		f()
+		k.note("%s: done", what)
 	}
 	switch n := k.rand.IntN(100); {
 	case n < 70:
@@ -34,6 +36,11 @@ func (k *soak) step() {
 	}
 	k.within(func(ctx context.Context) error { return k.arena.Await(ctx, 20) })
 	k.judge()
+}
+
+// note writes down what happens.
+func (k *soak) note(format string, args ...any) {
+	k.steps = append(k.steps, time.Now().Format("15:04:05.000 ")+fmt.Sprintf(format, args...))
 }
 
 func (k *soak) edit() {
@@ -89,6 +96,11 @@ func (k *soak) back(name string, dead int, began time.Time) {
 		return k.s.AwaitReady(ctx, name)
 	})
 	k.arena.Excuse(name, began, time.Now())
+	took := time.Since(began).Round(time.Millisecond)
+	k.note("%s is back, after %s", name, took)
+	if took > k.slowest {
+		k.slowest, k.slow = took, fmt.Sprintf("%s was back only after %s\n%s", name, took, k.s.AgentLog(name))
+	}
 }
 
 func (k *soak) killAgent() {
@@ -141,7 +153,7 @@ func (k *soak) killControlPlane() {
 // seconds after that (hold.Config.ErrorTTL).
 func (k *soak) know() {
 	for _, peer := range hammer.Contestants {
-		k.within(func(ctx context.Context) error { return k.arena.AwaitFrom(ctx, peer, 2*len(k.arena.Targets)) })
+		k.within(func(ctx context.Context) error { return k.arena.AwaitEach(ctx, peer, k.arena.Targets) })
 	}
 }
 
