@@ -44,30 +44,30 @@ type ledger interface {
 type state struct {
 	missing    []string // in the order in which it comes, in words for a person; empty: ready
 	configured bool     // Envoy runs and has accepted everything
-	quiet      bool     // what is missing tells of no event when it comes
+	quiet      bool     // what is missing, if anything, tells of no event when it comes
 	changed    [6]<-chan struct{}
 }
 
-// state looks at everything.
+// state looks at everything. As long as something is missing that tells when it comes, the kernel is asked for the message only.
 func (r *readiness) state() state {
 	s := r.told()
+	s.quiet = len(s.missing) == 0
 	var broken []string
 	for _, t := range r.tables {
 		if err := t.Check(); err != nil { // whoever guards the table is about to write it again
 			broken = append(broken, err.Error())
 		}
 	}
-	s.missing, s.quiet = append(broken, s.missing...), len(broken) > 0
+	s.missing = append(broken, s.missing...)
 	if !s.configured {
 		return s
 	}
-	closed, err := notListening(int(r.envoy.user.UID), names.InboundPort, names.OutboundPort)
+	closed, err := notListening(r.envoy.user.UID, names.InboundPort, names.OutboundPort)
 	switch {
 	case err != nil:
 		s.missing = append(s.missing, err.Error())
 	case len(closed) > 0: // Envoy listens milliseconds after its ACK
 		s.missing = append(s.missing, "envoy does not listen on port "+portList(closed))
-		s.quiet = true
 	}
 	return s
 }
@@ -113,23 +113,27 @@ func (r *readiness) told() state {
 	return s
 }
 
-// recheck is for what tells of no event.
-const recheck = 10 * time.Millisecond
+// For what tells of no event, between two looks: each asks the kernel for whole tables, and on a busy machine keeps from their work those who are waited for.
+const (
+	firstRecheck = 5 * time.Millisecond
+	lastRecheck  = 100 * time.Millisecond
+)
 
 // wait returns nil as soon as nothing is missing, or what is missing when ctx or the agent ends.
 func (r *readiness) wait(ctx context.Context) []string {
-	for {
+	for again := firstRecheck; ; {
 		s := r.state()
 		if len(s.missing) == 0 {
 			return nil
 		}
 		var tick <-chan time.Time
 		if s.quiet {
-			tick = time.After(recheck)
+			tick = time.After(again)
+			again = min(2*again, lastRecheck)
 		}
 		select {
 		case <-ctx.Done():
-			return s.missing
+			return r.state().missing // what told of no event may be there by now
 		case <-r.stopping:
 			return []string{"the agent is stopping"}
 		case <-s.changed[0]:

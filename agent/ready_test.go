@@ -162,22 +162,3 @@ func TestWaitParameter(t *testing.T) {
 		}
 	}
 }
-
-// The lines are of a real /proc/net/tcp6 and /proc/net/tcp.
-func TestListeners(t *testing.T) {
-	got := listeners([]byte(`  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 00000000000000000000000000000000:3A9E 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000 2012345678        0 2214 1 0000000000000000 100 0 0 10 0
-   1: 00000000000000000000000001000000:3A99 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2215 1 0000000000000000 100 0 0 10 0
-   2: 00000000000000000000000000000000:0016 00000000000000000000000000000000:0000 01 00000000:00000000 00:00000000 00000000     0        0 2216 1 0000000000000000 100 0 0 10 0
-   3: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 2217 1 0000000000000000 100 0 0 10 0
-`))
-	want := []listener{{any: true, port: 15006, uid: 2012345678}, {any: false, port: 15001, uid: 0}, {any: true, port: 8080, uid: 1000}}
-	if len(got) != len(want) {
-		t.Fatalf("%+v", got)
-	}
-	for i := range want {
-		if got[i] != want[i] {
-			t.Errorf("%+v, want %+v", got[i], want[i])
-		}
-	}
-}

@@ -89,6 +89,8 @@ func ask(ctx context.Context, runDir, question string, wait time.Duration) error
 	return nil
 }
 
+const redial = 10 * time.Millisecond
+
 // dialWithin connects to a socket that may not be there yet: the kubelet asks as soon as it has started the agent.
 func dialWithin(ctx context.Context, socket string, until time.Time) (net.Conn, error) {
 	for {
@@ -100,7 +102,7 @@ func dialWithin(ctx context.Context, socket string, until time.Time) (net.Conn, 
 		select {
 		case <-ctx.Done():
 			return nil, err
-		case <-time.After(recheck):
+		case <-time.After(redial):
 		}
 	}
 }

@@ -32,6 +32,7 @@ const (
 	finWait2    = 5
 	closeWait   = 8
 	lastAck     = 9
+	listening   = 10
 	closing     = 11
 )
 
@@ -212,18 +213,27 @@ func theKernels(err error) bool {
 func (s *sockets) list() ([]socket, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var out []socket
 	_ = s.conn.SetReadDeadline(time.Time{})
+	list, err := dump(s.conn, alive)
+	if err != nil {
+		return nil, fmt.Errorf("revoke: %w", err)
+	}
+	return list, nil
+}
+
+// dump asks for all sockets that are in one of some states. Others cost the kernel a look at most.
+func dump(conn *netlink.Conn, states uint32) ([]socket, error) {
+	var out []socket
 	for _, f := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		got, err := s.conn.Execute(netlink.Message{
+		got, err := conn.Execute(netlink.Message{
 			Header: netlink.Header{Type: unix.SOCK_DIAG_BY_FAMILY, Flags: netlink.Request | netlink.Dump},
-			Data:   request(f, alive, ends{}, anyCookie),
+			Data:   request(f, states, ends{}, anyCookie),
 		})
 		if errors.Is(err, unix.ENOENT) { // a kernel without IPv6
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("revoke: list sockets: %w", err)
+			return nil, fmt.Errorf("list sockets: %w", err)
 		}
 		for _, m := range got {
 			k, err := parse(m.Data)
@@ -236,9 +246,34 @@ func (s *sockets) list() ([]socket, error) {
 	return out, nil
 }
 
+// Listener is a TCP socket that listens. Address is unspecified where it does so on all of a family, or of both.
+type Listener struct {
+	Address netip.AddrPort
+	UID     uint32
+}
+
+// Listeners are the TCP sockets that listen in the calling thread's network namespace. Nobody needs a capability to ask, and connections, however many there
+// are, cost nothing, as they would in /proc/net/tcp.
+func Listeners() ([]Listener, error) {
+	conn, err := netlink.Dial(unix.NETLINK_SOCK_DIAG, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open sock_diag: %w", err)
+	}
+	defer conn.Close()
+	list, err := dump(conn, 1<<listening)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Listener, len(list))
+	for i, k := range list {
+		out[i] = Listener{Address: k.ends.local, UID: k.uid}
+	}
+	return out, nil
+}
+
 func parse(b []byte) (socket, error) {
 	if len(b) < messageSize {
-		return socket{}, fmt.Errorf("revoke: the kernel tells of a socket in %d bytes, not %d", len(b), messageSize)
+		return socket{}, fmt.Errorf("the kernel tells of a socket in %d bytes, not %d", len(b), messageSize)
 	}
 	family := b[0]
 	k := socket{state: b[1]}
@@ -250,7 +285,7 @@ func parse(b []byte) (socket, error) {
 	k.inode = binary.NativeEndian.Uint32(b[68:])
 	attrs, err := netlink.NewAttributeDecoder(b[messageSize:])
 	if err != nil {
-		return socket{}, fmt.Errorf("revoke: attributes of a socket: %w", err)
+		return socket{}, fmt.Errorf("attributes of a socket: %w", err)
 	}
 	for attrs.Next() {
 		if attrs.Type() == attrMark {
