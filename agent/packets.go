@@ -129,11 +129,6 @@ const forgetFailures = 8
 
 // run has conntrack forget flows that policy does not allow any more, until ctx ends (nil) or it fails again and again.
 func (p *packets) run(ctx context.Context) error {
-	current := func() *verdict.Packets {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.current
-	}
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
@@ -152,6 +147,7 @@ func (p *packets) run(ctx context.Context) error {
 		}
 		p.mu.Lock()
 		p.due = time.Time{}
+		current := p.current
 		p.mu.Unlock()
 		n, err := packet.Revoke(current)
 		if n > 0 {

@@ -236,7 +236,7 @@ func TestPacketsRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cleanRedirect(t) })
-	if _, err := packet.Revoke(func() *verdict.Packets { return &verdict.Packets{} }); err != nil { // what other tests have left
+	if _, err := packet.Revoke(&verdict.Packets{}); err != nil { // what other tests have left
 		t.Fatal(err)
 	}
 	p.forget.others = 100 * time.Millisecond

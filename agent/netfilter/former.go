@@ -4,7 +4,6 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,24 +14,22 @@ func forgetFormerNode(node []netip.Addr) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return Forget(func() netlink.CustomConntrackFilter { return formerNode{node, local} })
+	former := formerNode{node, local}
+	return Forget(former.has, unix.IPPROTO_TCP)
 }
 
-// formerNode matches TCP that came to the pod, was not redirected, and is not from the node.
+// formerNode knows TCP that came to the pod, was not redirected, and is not from the node.
 type formerNode struct {
 	node  []netip.Addr
 	local map[netip.Addr]bool
 }
 
-// MatchConntrackFlow makes it a netlink.CustomConntrackFilter.
-func (f formerNode) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	from, to := Address(flow.Forward.SrcIP), Address(flow.Forward.DstIP)
+func (f formerNode) has(flow *Flow) bool {
+	from, to := flow.Source.Addr(), flow.Destination.Addr()
 	switch {
-	case flow.Forward.Protocol != unix.IPPROTO_TCP:
-		return false
 	case from.IsLoopback() || f.local[from] || !f.local[to]:
 		return false
-	case flow.Reverse.SrcPort != flow.Forward.DstPort: // replies come from where it was redirected to
+	case flow.Replier.Port() != flow.Destination.Port(): // replies come from where it was redirected to
 		return false
 	}
 	return !slices.Contains(f.node, from)

@@ -2,12 +2,10 @@ package packet
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"sort"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/mantlet/mantlet/agent/netfilter"
@@ -17,25 +15,24 @@ import (
 
 // Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow, so that they
 // may begin again in another way: those of services to an endpoint that is one, and those that a peer began at the pod's own end. It is for after Apply,
-// whose rules let none of them through. All others are left alone, those of the proxy's mark too. It returns how many were forgotten. policy is asked for
-// the policy in force each time that they are read.
+// whose rules let none of them through. All others are left alone, those of the proxy's mark too. It returns how many were forgotten.
 //
 // What the pod began and may not begin any more is remembered, for as long as anybody sends on it: forgotten, the peer's next packet would be a flow that
 // the peer begins, which the pod's ingress may be open for, and what the pod sends would pass as replies to that. That the peer could begin one is not
 // said: its own egress policy, or the translation of addresses on the way, may let it send only because the pod has begun.
-func Revoke(policy func() *verdict.Packets) (int, error) {
+func Revoke(p *verdict.Packets) (int, error) {
 	local, err := netfilter.Addresses()
 	if err != nil {
 		return 0, fmt.Errorf("packets: %w", err)
 	}
-	n, err := netfilter.Forget(func() netlink.CustomConntrackFilter { return newJudge(policy(), local) })
+	n, err := netfilter.Forget(newJudge(p, local).ends, unix.IPPROTO_UDP, unix.IPPROTO_SCTP)
 	if err != nil {
 		return n, fmt.Errorf("packets: flows that are not allowed: %w", err)
 	}
 	return n, nil
 }
 
-// judge decides on flows. It is a netlink.CustomConntrackFilter that matches those which are not allowed.
+// judge decides on flows.
 type judge struct {
 	packets         *verdict.Packets
 	local           map[netip.Addr]bool
@@ -59,26 +56,14 @@ func newJudge(p *verdict.Packets, local map[netip.Addr]bool) *judge {
 	return &judge{p, local, blocks(p.Ingress), blocks(p.Egress)}
 }
 
-// MatchConntrackFlow reports whether a flow is not allowed.
-func (j *judge) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
-	var proto verdict.Protocol
-	switch f.Forward.Protocol {
-	case unix.IPPROTO_UDP:
-		proto = verdict.UDP
-	case unix.IPPROTO_SCTP:
+// ends reports whether a flow is not allowed.
+func (j *judge) ends(f *netfilter.Flow) bool {
+	proto := verdict.UDP
+	if f.Protocol == unix.IPPROTO_SCTP {
 		proto = verdict.SCTP
-	default:
-		return false
-	}
-	if f.Mark == names.ProxyMark {
-		return false
 	}
 	// Replies come from where the flow has been led to.
-	return j.forgets(proto, netfilter.Address(f.Forward.SrcIP), addressPort(f.Forward.DstIP, f.Forward.DstPort), addressPort(f.Reverse.SrcIP, f.Reverse.SrcPort))
-}
-
-func addressPort(ip net.IP, port uint16) netip.AddrPort {
-	return netip.AddrPortFrom(netfilter.Address(ip), port)
+	return f.Mark != names.ProxyMark && j.forgets(proto, f.Source.Addr(), f.Destination, f.Replier)
 }
 
 // forgets decides on a flow from an address to another, which the pod has led to a third, or left as it is.
