@@ -92,9 +92,9 @@ func (p *packets) enforce(next *verdict.Packets) error {
 	before, known := p.current, p.known
 	p.current, p.known = next, true
 	switch {
-	case !known || packet.Misleads(before, next):
+	case known && packet.Misleads(before, next):
 		p.forgetIn(p.forget.misled)
-	case packet.Releads(before, next):
+	case !known || packet.Releads(before, next): // an agent that begins has more urgent things to do
 		p.forgetIn(p.forget.stuck)
 	case !packet.Widens(before, next):
 		p.forgetIn(p.forget.others + rand.N(p.forget.others))
