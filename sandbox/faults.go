@@ -61,6 +61,9 @@ func (s *Sandbox) updateUnserved(ctx context.Context, next *source.Manifests, d 
 	for _, o := range d.relabelled {
 		s.pods[o.Namespace+"/"+o.Name].spec = o
 	}
+	if err := s.addOutsides(ctx); err != nil {
+		return err
+	}
 	if err := s.network.SetServices(s.services()); err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -253,6 +254,7 @@ func speaks(l matrix.Listener) netns.Speaks {
 	return netns.ClientFirst
 }
 
+// addOutsides has somebody answer outside the cluster: in the ranges that are to be tried, and where services have endpoints. Who answers already goes on.
 func (s *Sandbox) addOutsides(ctx context.Context) error {
 	ports := map[netip.Prefix][]netns.Port{}
 	for _, e := range s.cfg.Options.External {
@@ -264,7 +266,11 @@ func (s *Sandbox) addOutsides(ctx context.Context) error {
 			return fmt.Errorf("external %s: protocol %s cannot be tried", e.Prefix, e.Protocol)
 		}
 	}
+	s.addEndpointsOutside(ports)
 	for prefix, list := range ports {
+		if s.outsides[prefix] != nil {
+			continue
+		}
 		slices.SortFunc(list, func(a, b netns.Port) int {
 			return cmp.Or(cmp.Compare(a.Number, b.Number), cmp.Compare(a.Protocol, b.Protocol))
 		})
@@ -276,6 +282,30 @@ func (s *Sandbox) addOutsides(ctx context.Context) error {
 		s.outsides[prefix] = x
 	}
 	return nil
+}
+
+// addEndpointsOutside adds endpoints of services that are no pod's to the ports of ranges, or as ranges of their own.
+func (s *Sandbox) addEndpointsOutside(ports map[netip.Prefix][]netns.Port) {
+	ranges := slices.Collect(maps.Keys(ports))
+	for _, svc := range s.services() {
+		for _, at := range svc.Backends {
+			addr := at.Addr()
+			if slices.ContainsFunc(s.cfg.Manifests.PodNetwork, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+				continue
+			}
+			port := netns.Port{Number: at.Port(), Protocol: svc.Protocol, Speaks: netns.ClientFirst}
+			own := true
+			for _, r := range ranges {
+				if r.Contains(addr) {
+					ports[r], own = append(ports[r], port), false
+				}
+			}
+			if own {
+				r := netip.PrefixFrom(addr, addr.BitLen())
+				ports[r] = append(ports[r], port)
+			}
+		}
+	}
 }
 
 // services is what kube-proxy would do for pods without a sidecar: any ready endpoint, no policy asked.

@@ -52,6 +52,26 @@ func TestExamples(t *testing.T) {
 	}
 }
 
+// Endpoints of services outside the cluster answer without being asked for.
+func TestEndpointsOutside(t *testing.T) {
+	m, err := source.ReadManifests([]string{"../../examples/services"}, source.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reached := 0
+	for _, c := range try(t, start(t, m, matrix.Options{}), plan(t, m, matrix.Options{})).Report.Connections {
+		if c.Mismatch != "" {
+			t.Errorf("%s → %s:%d: %s", c.From, c.To, c.Port, c.Mismatch)
+		}
+		if c.To == "orders/partner" && c.Verdict == matrix.Allowed {
+			reached++
+		}
+	}
+	if reached == 0 {
+		t.Error("nobody may reach orders/partner, so that this shows nothing")
+	}
+}
+
 // plan lists what real packets can try of all there is.
 func plan(t *testing.T, m *source.Manifests, o matrix.Options) []matrix.Attempt {
 	t.Helper()
