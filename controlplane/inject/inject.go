@@ -94,8 +94,13 @@ func Verify(pod *corev1.Pod, ns Namespace, cfg Config) error {
 			return nil
 		}
 	}
-	return &Refusal{Pod: podName(pod, ns), Reasons: []Reason{{
+	refusal := &Refusal{Pod: podName(pod, ns), Reasons: []Reason{{
 		Field: "spec.initContainers", Text: why,
 		Hint: "something changed the pod after injection: order that webhook before Mantlet's, or let it leave " + names.Container + " alone",
 	}}}
+	if by := pod.Annotations[names.InjectedAnnotation]; by != "" && by != got.Pod.Annotations[names.InjectedAnnotation] {
+		refusal.Passing = true
+		refusal.Reasons[0].Hint = "a replica of another version or configuration injected it, as while Mantlet is upgraded: create the pod again"
+	}
+	return refusal
 }

@@ -8,6 +8,9 @@ import (
 type Refusal struct {
 	Pod     string // "namespace/name"
 	Reasons []Reason
+	// Passing says that the same pod, created again, may well pass: one replica injected its sidecar and another one of another version or
+	// configuration has verified it, as while Mantlet is upgraded.
+	Passing bool
 }
 
 // Reason is one of them.

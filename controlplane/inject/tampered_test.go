@@ -1,6 +1,8 @@
 package inject
 
 import (
+	"errors"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -63,8 +65,33 @@ func TestTampered(t *testing.T) {
 	} {
 		pod := injected.Pod.DeepCopy()
 		c.change(pod, &pod.Spec.InitContainers[0])
-		if err := Verify(pod, shop, testConfig()); (err != nil) != c.refused {
+		err := Verify(pod, shop, testConfig())
+		if (err != nil) != c.refused {
 			t.Errorf("%s: got %v, want refused: %t", name, err, c.refused)
 		}
+		if is := new(Refusal); errors.As(err, &is) && is.Passing {
+			t.Errorf("%s: it would not pass later either: %v", name, err)
+		}
+	}
+}
+
+// While Mantlet is upgraded a pod may be injected by one version and verified by the other.
+func TestVerifiedByAnotherVersion(t *testing.T) {
+	next := testConfig()
+	next.Image = "registry.example/mantlet@sha256:02"
+	injected, err := Inject(&corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "app"}}}}, shop, testConfig(), testSeed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var is *Refusal
+	if err := Verify(injected.Pod, shop, next); !errors.As(err, &is) || !is.Passing || !strings.Contains(err.Error(), "create the pod again") {
+		t.Errorf("got %v", err)
+	}
+	again, err := Inject(injected.Pod, shop, next, testSeed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Verify(again.Pod, shop, next); err != nil {
+		t.Errorf("created again: %v", err)
 	}
 }

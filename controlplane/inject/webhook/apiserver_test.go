@@ -5,9 +5,11 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -130,6 +132,13 @@ func (w *world) install(address string) map[string]string {
 // serve runs the webhooks and their bundle as the installed service account until the function is called.
 func (w *world) serve(l net.Listener) (stop func()) {
 	w.t.Helper()
+	stop, _ = w.serveBy(l, testInject().Image)
+	return stop
+}
+
+// serveBy does so as replicas of some images would: once they take turns each answers once, and the last of them all that comes then. Before that the first does.
+func (w *world) serveBy(l net.Listener, images ...string) (stop, takeTurns func()) {
+	w.t.Helper()
 	td := spiffeid.RequireTrustDomainFromString(domain)
 	authority, err := ca.New(ca.Config{TrustDomain: td})
 	if err != nil {
@@ -141,20 +150,31 @@ func (w *world) serve(l net.Listener) (stop func()) {
 	}
 	api := w.control()
 	log := slog.New(slog.NewTextHandler(w.t.Output(), nil))
-	s, err := New(Config{
-		Inject: inject.Config{Image: "registry.example/mantlet@sha256:01", ControlPlane: "mantlet.mantlet-system.svc:15012", TrustDomain: td,
-			System: []string{names.SystemNamespace, "kube-public", "kube-node-lease"}},
-		Namespaces: api.CoreV1().Namespaces(), Certificate: cert, Logger: log,
-	})
-	if err != nil {
-		w.t.Fatal(err)
+	var replicas []http.Handler
+	var s *Server
+	for _, image := range images {
+		c := testInject()
+		c.Image, c.System = image, []string{names.SystemNamespace, "kube-public", "kube-node-lease"}
+		if s, err = New(Config{Inject: c, Namespaces: api.CoreV1().Namespaces(), Certificate: cert, Logger: log}); err != nil {
+			w.t.Fatal(err)
+		}
+		replicas = append(replicas, s.Handler())
 	}
+	var turns atomic.Bool
+	var answered atomic.Int64
+	byTurns := http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		turn := 1
+		if turns.Load() {
+			turn = int(answered.Add(1))
+		}
+		replicas[min(turn, len(replicas))-1].ServeHTTP(rw, r)
+	})
 	b := &Bundle{Name: names.WebhookConfiguration, Mutating: api.AdmissionregistrationV1().MutatingWebhookConfigurations(), Validating: api.AdmissionregistrationV1().ValidatingWebhookConfigurations(),
 		Roots: func() ([]byte, error) { m, err := authority.Material(); return m.Roots, err }, Logger: log}
 	ctx, cancel := context.WithCancel(w.t.Context())
 	var group sync.WaitGroup
 	group.Go(func() {
-		if err := s.Serve(ctx, l); err != nil {
+		if err := s.serve(ctx, l, byTurns); err != nil {
 			w.t.Error(err)
 		}
 	})
@@ -167,7 +187,7 @@ func (w *world) serve(l net.Listener) (stop func()) {
 		cancel()
 		group.Wait()
 		api.RESTClient().(*rest.RESTClient).Client.CloseIdleConnections()
-	}
+	}, func() { turns.Store(true) }
 }
 
 // control is a client with the name and the rights of the control plane.
@@ -290,11 +310,28 @@ func TestAPIServer(t *testing.T) {
 	t.Run("without Mantlet", func(t *testing.T) { testWithout(t, w) })
 	t.Run("guarded without Mantlet", func(t *testing.T) { testGuarded(t, w) })
 	stop = w.serve(listen(t, address)) // with another authority: its roots have to get into the configurations
-	defer stop()
 	w.await("it is back", func() error {
 		_, err := w.create("shop", metav1.CreateOptions{}, nil)
 		return err
 	})
+	stop()
+	t.Run("upgraded", func(t *testing.T) { testUpgraded(t, w, address) })
+}
+
+// A pod that one version injects and another one verifies is created all the same: its client comes again by itself.
+func testUpgraded(t *testing.T, w *world, address string) {
+	const next = "registry.example/mantlet@sha256:02"
+	stop, takeTurns := w.serveBy(listen(t, address), testInject().Image, next)
+	defer stop()
+	w.await("it is back once more", func() error {
+		_, err := w.create("shop", metav1.CreateOptions{}, nil)
+		return err
+	})
+	takeTurns()
+	p, err := w.create("shop", metav1.CreateOptions{}, nil)
+	if err != nil || p.Spec.InitContainers[0].Image != next {
+		t.Errorf("injected by one version and verified by the next: %+v, %v", p.Spec.InitContainers, err)
+	}
 }
 
 func testInject() inject.Config {

@@ -74,7 +74,10 @@ func (s *Server) verify(r *http.Request, q *admissionv1.AdmissionRequest) (*admi
 	}
 	err = inject.Verify(pod, ns, s.cfg)
 	if refusal := new(inject.Refusal); errors.As(err, &refusal) {
-		s.log.Info("webhook: refused", "pod", refusal.Pod, "reasons", len(refusal.Reasons))
+		s.log.Info("webhook: refused", "pod", refusal.Pod, "reasons", len(refusal.Reasons), "passing", refusal.Passing)
+		if refusal.Passing {
+			return postpone(refusal), nil
+		}
 		return refuse(refusal), nil
 	}
 	if err != nil {

@@ -111,6 +111,15 @@ func refuse(why error) *admissionv1.AdmissionResponse {
 	}}
 }
 
+// postpone refuses for the moment. The API server hands status and time on, and its clients, if they are client-go's as kubectl and controllers are, ask up to
+// ten times again by themselves.
+func postpone(why error) *admissionv1.AdmissionResponse {
+	return &admissionv1.AdmissionResponse{Result: &metav1.Status{
+		Status: metav1.StatusFailure, Reason: metav1.StatusReasonTooManyRequests, Code: http.StatusTooManyRequests, Message: why.Error(),
+		Details: &metav1.StatusDetails{RetryAfterSeconds: 1},
+	}}
+}
+
 // object reads the object of a request. Unknown fields are passed over: a patch leaves them as they are.
 func object(q *admissionv1.AdmissionRequest, kind string, into any) error {
 	if q.Kind.Kind != kind {

@@ -77,8 +77,12 @@ const stopGrace = 5 * time.Second
 
 // Serve answers on a listener, over TLS, until ctx ends; what is under way then is finished. It closes the listener.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	return s.serve(ctx, l, s.Handler())
+}
+
+func (s *Server) serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	server := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second, // a webhook's own timeout is at most 30 s, and ours 10 s
 		MaxHeaderBytes:    16 << 10,
