@@ -61,10 +61,7 @@ func (s *Sandbox) updateUnserved(ctx context.Context, next *source.Manifests, d 
 	for _, o := range d.relabelled {
 		s.pods[o.Namespace+"/"+o.Name].spec = o
 	}
-	if err := s.addOutsides(ctx); err != nil {
-		return err
-	}
-	if err := s.network.SetServices(s.services()); err != nil {
+	if err := s.lead(ctx); err != nil {
 		return err
 	}
 	if err := s.makePods(ctx, d.fresh); err != nil {

@@ -1,12 +1,10 @@
 package sandbox
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -71,7 +69,7 @@ type Sandbox struct {
 	pods      map[string]*pod
 	made      map[string]int // how many pods of a name there have been: each has a UID of its own
 	agents    int            // started so far
-	outsides  map[netip.Prefix]*netns.External
+	outsides  map[netip.Prefix]outside
 	tries     int // calls of Try so far: each has nonces of its own
 }
 
@@ -105,7 +103,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err := os.Chmod(dir, 0o755); err != nil { // Envoy runs as another user
 		return nil, err
 	}
-	s = &Sandbox{cfg: cfg, dir: dir, enclosure: enclosure, pods: map[string]*pod{}, made: map[string]int{}, outsides: map[netip.Prefix]*netns.External{}}
+	s = &Sandbox{cfg: cfg, dir: dir, enclosure: enclosure, pods: map[string]*pod{}, made: map[string]int{}, outsides: map[netip.Prefix]outside{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -126,10 +124,7 @@ func Start(ctx context.Context, cfg Config) (s *Sandbox, err error) {
 	if err := s.makePods(ctx, cfg.Manifests.Objects.Pods); err != nil {
 		return s, err
 	}
-	if err := s.addOutsides(ctx); err != nil {
-		return s, err
-	}
-	if err := s.network.SetServices(s.services()); err != nil {
+	if err := s.lead(ctx); err != nil {
 		return s, err
 	}
 	if err := s.nameHosts(); err != nil {
@@ -252,60 +247,6 @@ func speaks(l matrix.Listener) netns.Speaks {
 		return netns.ServerFirst
 	}
 	return netns.ClientFirst
-}
-
-// addOutsides has somebody answer outside the cluster: in the ranges that are to be tried, and where services have endpoints. Who answers already goes on.
-func (s *Sandbox) addOutsides(ctx context.Context) error {
-	ports := map[netip.Prefix][]netns.Port{}
-	for _, e := range s.cfg.Options.External {
-		proto, ok := carried(e.Protocol)
-		switch {
-		case ok:
-			ports[e.Prefix] = append(ports[e.Prefix], netns.Port{Number: e.Port, Protocol: proto, Speaks: netns.ClientFirst})
-		case e.Protocol != verdict.SCTP: // which Tried tells of
-			return fmt.Errorf("external %s: protocol %s cannot be tried", e.Prefix, e.Protocol)
-		}
-	}
-	s.addEndpointsOutside(ports)
-	for prefix, list := range ports {
-		if s.outsides[prefix] != nil {
-			continue
-		}
-		slices.SortFunc(list, func(a, b netns.Port) int {
-			return cmp.Or(cmp.Compare(a.Number, b.Number), cmp.Compare(a.Protocol, b.Protocol))
-		})
-		list = slices.Compact(list)
-		x, err := s.network.AddExternal(ctx, netns.ExternalSpec{Prefix: prefix, Ports: list})
-		if err != nil {
-			return err
-		}
-		s.outsides[prefix] = x
-	}
-	return nil
-}
-
-// addEndpointsOutside adds endpoints of services that are no pod's to the ports of ranges, or as ranges of their own.
-func (s *Sandbox) addEndpointsOutside(ports map[netip.Prefix][]netns.Port) {
-	ranges := slices.Collect(maps.Keys(ports))
-	for _, svc := range s.services() {
-		for _, at := range svc.Backends {
-			addr := at.Addr()
-			if slices.ContainsFunc(s.cfg.Manifests.PodNetwork, func(p netip.Prefix) bool { return p.Contains(addr) }) {
-				continue
-			}
-			port := netns.Port{Number: at.Port(), Protocol: svc.Protocol, Speaks: netns.ClientFirst}
-			own := true
-			for _, r := range ranges {
-				if r.Contains(addr) {
-					ports[r], own = append(ports[r], port), false
-				}
-			}
-			if own {
-				r := netip.PrefixFrom(addr, addr.BitLen())
-				ports[r] = append(ports[r], port)
-			}
-		}
-	}
 }
 
 // services is what kube-proxy would do for pods without a sidecar: any ready endpoint, no policy asked.

@@ -72,10 +72,7 @@ func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, 
 	}
 	c.measure(s.cp.Server().Ledger(), before)
 	if !d.policyOnly() {
-		if err := s.addOutsides(ctx); err != nil {
-			return nil, err
-		}
-		if err := s.network.SetServices(s.services()); err != nil {
+		if err := s.lead(ctx); err != nil {
 			return nil, err
 		}
 		if err := s.makePods(ctx, d.fresh); err != nil {

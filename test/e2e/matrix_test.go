@@ -3,8 +3,10 @@ package e2e
 import (
 	"flag"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -52,23 +54,52 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// Endpoints of services outside the cluster answer without being asked for.
+// Endpoints of services outside the cluster answer without being asked for, wherever they move.
 func TestEndpointsOutside(t *testing.T) {
-	m, err := source.ReadManifests([]string{"../../examples/services"}, source.Options{})
-	if err != nil {
-		t.Fatal(err)
+	const text = `
+{apiVersion: v1, kind: Namespace, metadata: {name: shop, labels: {mantlet.dev/inject: enabled}}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: web, namespace: shop}, spec: {containers: [{name: c, image: i}]}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: partner, namespace: shop}, spec: {ports: [{port: 80}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: partner-1, namespace: shop, labels: {kubernetes.io/service-name: partner}}
+addressType: IPv4
+endpoints: [{addresses: [ADDRESS]}]
+ports: [{port: PORT, protocol: TCP}]
+`
+	at := func(address, port string) string {
+		return strings.NewReplacer("ADDRESS", address, "PORT", port).Replace(text)
 	}
-	reached := 0
-	for _, c := range try(t, start(t, m, matrix.Options{}), plan(t, m, matrix.Options{})).Report.Connections {
-		if c.Mismatch != "" {
-			t.Errorf("%s → %s:%d: %s", c.From, c.To, c.Port, c.Mismatch)
+	m := reread(t, at("203.0.113.7", "8080"), nil)
+	s := start(t, m, matrix.Options{})
+	reaches := func(what string) {
+		t.Helper()
+		reached := 0
+		for _, c := range try(t, s, plan(t, m, matrix.Options{})).Report.Connections {
+			if c.Mismatch != "" {
+				t.Errorf("%s: %s → %s:%d: %s", what, c.From, c.To, c.Port, c.Mismatch)
+			}
+			if c.To == "shop/partner" && c.Verdict == matrix.Allowed {
+				reached++
+			}
 		}
-		if c.To == "orders/partner" && c.Verdict == matrix.Allowed {
-			reached++
+		if reached == 0 {
+			t.Errorf("%s: nobody may reach shop/partner, so that this shows nothing", what)
 		}
 	}
-	if reached == 0 {
-		t.Error("nobody may reach orders/partner, so that this shows nothing")
+	reaches("at first")
+	for _, to := range [][2]string{{"203.0.113.7", "9090"}, {"203.0.113.8", "9090"}} {
+		m = reread(t, at(to[0], to[1]), m)
+		if _, err := s.Update(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		reaches(to[0] + ":" + to[1])
+	}
+	if _, there := s.External(netip.MustParsePrefix("203.0.113.7/32")); there {
+		t.Error("somebody answers still where no endpoint is any more")
 	}
 }
 
