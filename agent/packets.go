@@ -108,7 +108,7 @@ func (p *packets) enforce(next *verdict.Packets) error {
 type forgetting struct {
 	// misled is for flows of services that are to go to another endpoint than theirs.
 	misled time.Duration
-	// stuck is for those that went nowhere, and may go to an endpoint now.
+	// stuck is for those that went nowhere, and may go to an endpoint now, and for all that an agent finds when it begins.
 	stuck time.Duration
 	// others is for those that end. Twice that at most, so that not all pods of a node read the table at once.
 	others time.Duration
@@ -129,6 +129,11 @@ const forgetFailures = 8
 
 // run has conntrack forget flows that policy does not allow any more, until ctx ends (nil) or it fails again and again.
 func (p *packets) run(ctx context.Context) error {
+	current := func() *verdict.Packets {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.current
+	}
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
@@ -147,7 +152,6 @@ func (p *packets) run(ctx context.Context) error {
 		}
 		p.mu.Lock()
 		p.due = time.Time{}
-		current := p.current
 		p.mu.Unlock()
 		n, err := packet.Revoke(current)
 		if n > 0 {

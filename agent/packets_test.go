@@ -236,7 +236,7 @@ func TestPacketsRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cleanRedirect(t) })
-	if _, err := packet.Revoke(&verdict.Packets{}); err != nil { // what other tests have left
+	if _, err := packet.Revoke(func() *verdict.Packets { return &verdict.Packets{} }); err != nil { // what other tests have left
 		t.Fatal(err)
 	}
 	p.forget.others = 100 * time.Millisecond
@@ -296,4 +296,50 @@ func TestPacketsRevoke(t *testing.T) {
 		t.Errorf("a flow that is still allowed: %v", err)
 	}
 	log.await(t, "one flow ended", func(s string) bool { return strings.Contains(s, "ended flows") && strings.Contains(s, "flows=1") })
+}
+
+// How soon conntrack is read depends on what changes.
+func TestWhenFlowsAreForgotten(t *testing.T) {
+	podtest.Connect(t)
+	p, err := closePackets(slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cleanRedirect(t) })
+	p.forget = forgetting{misled: time.Hour, stuck: 10 * time.Hour, others: 100 * time.Hour}
+	service := netip.MustParseAddrPort("10.98.0.7:53")
+	policy := func(first uint16, endpoints ...string) *verdict.Packets {
+		to := verdict.PacketBlock{Protocol: verdict.UDP, Ports: []verdict.PortRange{{First: first, Last: 9000}}, Peers: []verdict.PacketPrefix{{Prefix: netip.PrefixFrom(podtest.OutsideIPv4, 32), Allow: true}}}
+		s := verdict.PacketService{Protocol: verdict.UDP, Addr: service}
+		for _, e := range endpoints {
+			s.Endpoints = append(s.Endpoints, netip.MustParseAddrPort(e))
+		}
+		return &verdict.Packets{Ingress: []verdict.PacketBlock{to}, Egress: []verdict.PacketBlock{}, Services: []verdict.PacketService{s}}
+	}
+	for _, step := range []struct {
+		what          string
+		next          *verdict.Packets
+		after, atMost time.Duration // 0: not at all
+	}{
+		{"the first one", policy(8000), 10 * time.Hour, 10 * time.Hour},
+		{"an endpoint for who had none", policy(8000, "10.98.0.1:53"), 10 * time.Hour, 10 * time.Hour},
+		{"another endpoint", policy(8000, "10.98.0.2:53"), time.Hour, time.Hour},
+		{"wider", policy(7000, "10.98.0.2:53"), 0, 0},
+		{"narrower", policy(8500, "10.98.0.2:53"), 100 * time.Hour, 200 * time.Hour},
+	} {
+		p.mu.Lock()
+		p.due = time.Time{}
+		began := time.Now()
+		err := p.enforce(step.next)
+		due := p.due
+		p.mu.Unlock()
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v", step.what, err)
+		case due.IsZero() != (step.after == 0):
+			t.Errorf("%s: to be read at %v", step.what, due)
+		case !due.IsZero() && (due.Before(began.Add(step.after)) || due.After(time.Now().Add(step.atMost))):
+			t.Errorf("%s: to be read in %s", step.what, due.Sub(began))
+		}
+	}
 }

@@ -1,12 +1,14 @@
 package netfilter
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/mdlayher/netlink"
 	rtnetlink "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -52,6 +54,11 @@ func TestForget(t *testing.T) {
 	if requests, err := readings([]uint8{unix.IPPROTO_UDP}); err != nil || len(requests) != 1 {
 		t.Errorf("%d readings, %v", len(requests), err)
 	}
+	defer func() { // the namespace is that of the other tests, too
+		if _, err := Forget(func(f *Flow) bool { return f.Source.Port() == 1 }, unix.IPPROTO_TCP); err != nil {
+			t.Error(err)
+		}
+	}()
 	trackMany(t, atOnce+1)
 	if requests, err := readings([]uint8{unix.IPPROTO_UDP}); err != nil || len(requests) != 2 {
 		t.Errorf("%d readings of many flows, %v", len(requests), err)
@@ -97,6 +104,48 @@ func testForget(t *testing.T) {
 	}
 	if n, err := Forget(func(f *Flow) bool { return f.Source.Port() == 1001 || f.Source.Port() == 1003 }, unix.IPPROTO_UDP, unix.IPPROTO_TCP); n != 3 || err != nil {
 		t.Errorf("forgot %d of the others, %v", n, err)
+	}
+}
+
+// What has the ends of a flow and another number is another one.
+func TestForgetOnlyTheFlowThatWasRead(t *testing.T) {
+	ends := []netip.AddrPort{netip.MustParseAddrPort("10.7.0.1:1001"), netip.MustParseAddrPort("10.7.1.1:53")}
+	track(t, unix.IPPROTO_UDP, 0, ends[0], ends[1], ends[1])
+	var read *Flow
+	look := func() bool {
+		read = nil
+		if _, err := Forget(func(f *Flow) bool {
+			if f.Source == ends[0] {
+				read = f
+			}
+			return false
+		}, unix.IPPROTO_UDP); err != nil {
+			t.Fatal(err)
+		}
+		return read != nil
+	}
+	if !look() {
+		t.Fatal("it is not known")
+	}
+	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	other := *read
+	other.id = slices.Clone(read.id)
+	other.id[0]++
+	if err := other.forget(conn); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("another one: %v", err)
+	}
+	if !look() {
+		t.Fatal("it is gone with another one")
+	}
+	if err := read.forget(conn); err != nil {
+		t.Error(err)
+	}
+	if err := read.forget(conn); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("once more: %v", err)
 	}
 }
 

@@ -24,7 +24,7 @@ type world struct {
 	view    map[netip.AddrPort]bool
 	waiting map[netip.AddrPort][]chan answer
 	asked   map[netip.AddrPort]bool
-	refused map[netip.AddrPort]bool // for want of a control plane, as far as the agent knows
+	refused map[netip.AddrPort]bool // for want of an answer, as far as the agent knows
 	trace   []string
 }
 
@@ -266,7 +266,7 @@ func (w *world) rested() {
 		}
 	}
 	for dest := range w.refused {
-		w.t.Errorf("the agent still refuses %s for want of a control plane, which is back", dest)
+		w.t.Errorf("the agent still refuses %s for want of an answer, and the control plane is there", dest)
 	}
 	clusters := w.m.kind(TypeCluster)
 	for dest := range w.asked {
@@ -313,6 +313,19 @@ func (w *world) forget(dest netip.AddrPort) {
 	delete(w.view, dest)
 	delete(w.refused, dest)
 	w.m.forget([]netip.AddrPort{dest})
+}
+
+// leave is for one who waits no longer, and takes that for a denial.
+func (w *world) leave(dest netip.AddrPort) {
+	list := w.waiting[dest]
+	if len(list) == 0 {
+		return
+	}
+	w.note("leave %s", dest)
+	w.waiting[dest] = list[1:]
+	w.view[dest] = false
+	w.refused[dest] = true
+	w.m.leave(dest, list[0])
 }
 
 // TestRandomInterleavings lets everything happen in every order.
@@ -372,6 +385,7 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		publish, resolve, resolve,
 		func() { w.ask(dest()) }, func() { w.ask(dest()) },
 		func() { w.forget(dest()) },
+		func() { w.leave(dest()) },
 		func() {
 			if w.envoy != nil && len(w.envoy.held.of(TypeListener)) > 0 {
 				name := onDemandName(dest())

@@ -173,7 +173,7 @@ func (m *machine) abandon() {
 	var list []*entry
 	for _, e := range m.kind(TypeCluster).sorted() {
 		if q := e.question; q != nil && !e.answered {
-			if len(q.waiting) > 0 {
+			if len(q.waiting) > 0 || q.told == Unknown { // also who has given up waiting
 				m.unserve(q.dest)
 			}
 			q.reply(answer{err: errors.New(m.why)})
@@ -193,7 +193,7 @@ func (m *machine) unserve(dest netip.AddrPort) {
 }
 
 // served is for when the control plane can be reached: what was refused without it is worth asking about again. A control plane that is content with what is
-// held says nothing, so its first answer is not waited for.
+// held says nothing, so its first answer is not waited for. Where it is reached and refuses the pod, what is unknown is asked about, and refused, each time.
 func (m *machine) served() {
 	for dest := range m.unserved {
 		m.news[dest] = Unknown
@@ -206,6 +206,7 @@ func (m *machine) forget(dests []netip.AddrPort) {
 	k := m.kind(TypeCluster)
 	var list []*entry
 	for _, dest := range dests {
+		delete(m.unserved, plain(dest))
 		if e := k.entries[onDemandName(dest)]; e != nil && e.question != nil && len(e.question.waiting) == 0 {
 			list = append(list, e)
 			delete(m.news, plain(dest))

@@ -15,17 +15,24 @@ import (
 
 // Revoke has conntrack forget the flows of UDP and SCTP, in the network namespace of the calling thread, that a policy does not allow, so that they
 // may begin again in another way: those of services to an endpoint that is one, and those that a peer began at the pod's own end. It is for after Apply,
-// whose rules let none of them through. All others are left alone, those of the proxy's mark too. It returns how many were forgotten.
+// whose rules let none of them through. All others are left alone, those of the proxy's mark too. It returns how many were forgotten. policy is asked for
+// the policy in force as each flow is looked at.
 //
 // What the pod began and may not begin any more is remembered, for as long as anybody sends on it: forgotten, the peer's next packet would be a flow that
 // the peer begins, which the pod's ingress may be open for, and what the pod sends would pass as replies to that. That the peer could begin one is not
 // said: its own egress policy, or the translation of addresses on the way, may let it send only because the pod has begun.
-func Revoke(p *verdict.Packets) (int, error) {
+func Revoke(policy func() *verdict.Packets) (int, error) {
 	local, err := netfilter.Addresses()
 	if err != nil {
 		return 0, fmt.Errorf("packets: %w", err)
 	}
-	n, err := netfilter.Forget(newJudge(p, local).ends, unix.IPPROTO_UDP, unix.IPPROTO_SCTP)
+	j := newJudge(policy(), local)
+	n, err := netfilter.Forget(func(f *netfilter.Flow) bool {
+		if p := policy(); p != j.packets {
+			j = newJudge(p, local)
+		}
+		return j.ends(f)
+	}, unix.IPPROTO_UDP, unix.IPPROTO_SCTP)
 	if err != nil {
 		return n, fmt.Errorf("packets: flows that are not allowed: %w", err)
 	}

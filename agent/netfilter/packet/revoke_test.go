@@ -22,7 +22,7 @@ func TestRevoke(t *testing.T) {
 	wide := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.0/24", "fd99::/64")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.0/24", "fd99::/64")}})
 	narrow := here(verdict.Packets{Ingress: []verdict.PacketBlock{udp(port, port, "10.99.0.4/32", "fd99::4/128")}, Egress: []verdict.PacketBlock{udp(port+1, port+1, "10.99.0.4/32", "fd99::4/128")}})
 	apply(t, *wide)
-	if _, err := Revoke(wide); err != nil { // what other tests have left
+	if _, err := Revoke(as(wide)); err != nil { // what other tests have left
 		t.Fatal(err)
 	}
 	at, from := socket(t, nil, fmt.Sprintf("[::]:%d", port)), socket(t, nil, ":0")
@@ -88,7 +88,7 @@ func TestRevoke(t *testing.T) {
 		t.Fatal(err)
 	}
 	goOn("before conntrack forgets")
-	if n, err := Revoke(narrow); err != nil || n != len(peers)-2 {
+	if n, err := Revoke(as(narrow)); err != nil || n != len(peers)-2 {
 		t.Fatalf("revoked %d flows of %d, %v", n, 2*len(peers), err)
 	}
 	goOn("after")
@@ -115,7 +115,7 @@ func TestOtherEndBegins(t *testing.T) {
 	if send(t, inside, there.LocalAddr(), "a reply") {
 		t.Error("a reply passes on a flow that is not allowed")
 	}
-	if n, err := Revoke(out); err != nil || n == 0 {
+	if n, err := Revoke(as(out)); err != nil || n == 0 {
 		t.Fatalf("revoked %d flows, %v", n, err)
 	}
 	receive(t, there) // the answer
@@ -146,7 +146,7 @@ func TestDeniedFlowIsNotTurnedRound(t *testing.T) {
 			asked = net.UDPAddrFromAddrPort(vip4)
 		}
 		apply(t, *open)
-		if _, err := Revoke(open); err != nil {
+		if _, err := Revoke(as(open)); err != nil {
 			t.Fatal(err)
 		}
 		send(t, app, asked, "hello")
@@ -157,7 +157,7 @@ func TestDeniedFlowIsNotTurnedRound(t *testing.T) {
 		}
 		apply(t, *closed)
 		for range 2 {
-			if n, err := Revoke(closed); err != nil || n != 0 {
+			if n, err := Revoke(as(closed)); err != nil || n != 0 {
 				t.Errorf("revoked %d flows, %v", n, err)
 			}
 			send(t, server, app.LocalAddr(), "stream")
@@ -184,7 +184,7 @@ func TestRevokeThousands(t *testing.T) {
 	}
 	wide, narrow := policy("10.99.0.3/32", "10.99.0.4/32"), policy("10.99.0.4/32")
 	apply(t, *wide)
-	if _, err := Revoke(wide); err != nil {
+	if _, err := Revoke(as(wide)); err != nil {
 		t.Fatal(err)
 	}
 	from := [2]net.PacketConn{socket(t, outside, "10.99.0.3:0"), socket(t, outside, "10.99.0.4:0")}
@@ -198,7 +198,7 @@ func TestRevokeThousands(t *testing.T) {
 		t.Fatal(err)
 	}
 	start := time.Now()
-	n, err := Revoke(narrow)
+	n, err := Revoke(as(narrow))
 	t.Logf("%d of %d flows revoked in %v", n, flows, time.Since(start))
 	if err != nil || n != flows/2 {
 		t.Errorf("revoked %d flows, %v", n, err)
@@ -221,3 +221,5 @@ func TestRevokeThousands(t *testing.T) {
 		t.Errorf("%d flows stay, not %d", stay, flows/2)
 	}
 }
+
+func as(p *verdict.Packets) func() *verdict.Packets { return func() *verdict.Packets { return p } }

@@ -182,7 +182,7 @@ func TestServiceFlowsAreRevoked(t *testing.T) {
 	if err := Apply(kernel(t), next); err != nil {
 		t.Fatal(err)
 	}
-	n, err := Revoke(next)
+	n, err := Revoke(as(next))
 	if err != nil || n == 0 {
 		t.Fatalf("revoked %d flows, %v", n, err)
 	}
@@ -191,7 +191,7 @@ func TestServiceFlowsAreRevoked(t *testing.T) {
 			t.Errorf("the flow that went to %s goes to %s", was, got)
 		}
 	}
-	if n, err := Revoke(next); n != 0 || err != nil {
+	if n, err := Revoke(as(next)); n != 0 || err != nil {
 		t.Errorf("once more: revoked %d flows, %v", n, err)
 	}
 }
@@ -213,7 +213,7 @@ func TestServiceFlowsGoOnWithNewEndpoints(t *testing.T) {
 		}
 		apply(t, *next)
 		if Releads(before, next) {
-			if _, err := Revoke(next); err != nil {
+			if _, err := Revoke(as(next)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -235,14 +235,14 @@ func TestServiceOfOneself(t *testing.T) {
 	self := netip.AddrPortFrom(own[0], 9053)
 	p := here(dns([]netip.AddrPort{self}, nil))
 	apply(t, *p)
-	if _, err := Revoke(p); err != nil { // what other tests have left
+	if _, err := Revoke(as(p)); err != nil { // what other tests have left
 		t.Fatal(err)
 	}
 	at := map[netip.AddrPort]net.PacketConn{self: socket(t, nil, self.String())}
 	if got := asks(t, socket(t, nil, "10.99.0.2:0"), vip4, at); got != self {
 		t.Errorf("led to %s", got)
 	}
-	if n, err := Revoke(p); n != 0 || err != nil {
+	if n, err := Revoke(as(p)); n != 0 || err != nil {
 		t.Errorf("revoked %d flows, %v", n, err)
 	}
 }
