@@ -122,7 +122,7 @@ func TestSoak(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.judge()
-	t.Logf("%v, %d states of policy\n%s%s", k.done, k.arena.History.Len(), &k.total, table(before, after))
+	t.Logf("%v, %d states of policy, the slowest sidecar was back after %s\n%s%s", k.done, k.arena.History.Len(), k.slowest, &k.total, table(before, after))
 	for _, c := range k.total.Complaints {
 		t.Error(c)
 	}
