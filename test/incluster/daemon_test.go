@@ -145,7 +145,9 @@ func TestNodeUpgrade(t *testing.T) {
 		}
 	})
 	upgrade, ctx := errgroup.WithContext(t.Context())
-	upgrade.Go(func() error { return w.Install(ctx, "image="+Next) })
+	upgraded := make(chan struct{})
+	upgrade.Go(func() error { defer close(upgraded); return w.Install(ctx, "image="+Next) })
+	upgrade.Go(func() error { return p.admittedUntil(ctx, upgraded) })
 	var pods []string
 	for _, m := range w.Cluster.Nodes() {
 		p.await("the end of the daemon of "+m.Name, func() error { return w.upgrading(t.Context(), m.Name) })
@@ -178,6 +180,26 @@ func TestNodeUpgrade(t *testing.T) {
 	friend.since("upgraded", admitted, 50, traffic.Reached)
 	foe.since("upgraded", denied, 50, traffic.Refused)
 	p.flip(friend, foe, "a policy written afterwards")
+}
+
+// admittedUntil asks for a pod again and again until done is closed, and wants each to be admitted: whom the API server asks may be of two versions. The
+// pods are not made.
+func (p place) admittedUntil(ctx context.Context, done <-chan struct{}) error {
+	again := time.NewTicker(100 * time.Millisecond)
+	defer again.Stop()
+	for n := 0; ; n++ {
+		select {
+		case <-done:
+			p.Logf("%d pods were admitted meanwhile", n)
+			return nil
+		case <-again.C:
+		}
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{GenerateName: "asked-"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{
+			Name: "app", Image: Client, SecurityContext: &corev1.SecurityContext{RunAsNonRoot: new(true), AllowPrivilegeEscalation: new(false)}}}}} // no warning
+		if _, err := p.Client.CoreV1().Pods(p.name).Create(ctx, pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}); err != nil {
+			return fmt.Errorf("after %d pods that were admitted: %w", n, err)
+		}
+	}
 }
 
 // daemons are the pods of node mode's DaemonSet.
