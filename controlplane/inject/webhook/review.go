@@ -112,11 +112,11 @@ func refuse(why error) *admissionv1.AdmissionResponse {
 }
 
 // postpone refuses for the moment. The API server hands status and time on, and its clients, if they are client-go's as kubectl and controllers are, ask up to
-// ten times again by themselves.
+// ten times again by themselves: half a minute, in which the replicas of one version should have gone.
 func postpone(why error) *admissionv1.AdmissionResponse {
 	return &admissionv1.AdmissionResponse{Result: &metav1.Status{
 		Status: metav1.StatusFailure, Reason: metav1.StatusReasonTooManyRequests, Code: http.StatusTooManyRequests, Message: why.Error(),
-		Details: &metav1.StatusDetails{RetryAfterSeconds: 1},
+		Details: &metav1.StatusDetails{RetryAfterSeconds: 3},
 	}}
 }
 
