@@ -84,36 +84,6 @@ func TestDeterministic(t *testing.T) {
 	}
 }
 
-// No webhook that must answer selects the namespaces in which a cluster starts again.
-func TestRecovery(t *testing.T) {
-	for _, byDefault := range []string{"true", "false"} {
-		list := render(t, Options{Namespace: "shield", Set: []string{"injectByDefault=" + byDefault}})
-		m := find[admissionregistrationv1.MutatingWebhookConfiguration](t, list, "MutatingWebhookConfiguration")
-		v := find[admissionregistrationv1.ValidatingWebhookConfiguration](t, list, "ValidatingWebhookConfiguration")
-		failing := 0
-		check := func(name string, fails *admissionregistrationv1.FailurePolicyType, selector []byte) {
-			if *fails == admissionregistrationv1.Ignore {
-				return
-			}
-			failing++
-			for _, ns := range []string{"- kube-system", "- shield", "- kube-public"} {
-				if !bytes.Contains(selector, []byte(ns)) {
-					t.Errorf("%s would have %s wait for it", name, ns)
-				}
-			}
-		}
-		for _, w := range m.Webhooks {
-			check(w.Name, w.FailurePolicy, asYAML(t, w.NamespaceSelector))
-		}
-		for _, w := range v.Webhooks {
-			check(w.Name, w.FailurePolicy, asYAML(t, w.NamespaceSelector))
-		}
-		if failing != 5 {
-			t.Errorf("%d webhooks fail closed, want 5", failing)
-		}
-	}
-}
-
 func asYAML(t *testing.T, v any) []byte {
 	t.Helper()
 	b, err := yaml.Marshal(v)
