@@ -41,6 +41,22 @@ controlPlane:
   tolerations: [{key: a, operator: Exists, effect: NoSchedule}, {key: b, tolerationSeconds: 3600}]
   apiServerPorts: [443, 10250]
 `,
+		"ranges": `
+image: registry.example:5000/team/mantlet:1.2.3@sha256:01
+podNetworks: [0.0.0.0/0, 10.128.0.0/9, 172.16.0.0/12, 192.168.4.0/22, 192.0.2.128/25, 192.0.2.1/32, "::/0", "fd00:10::/108", "2001:db8::1/128"]
+serviceNetworks: [10.96.0.0/16, "::ffff:10.0.0.0/104"]
+nodeAddresses: [192.0.2.255, "fe80::1", "::1", "2001:db8:0:0:0:0:0:1"]
+nodePorts: 1-65535
+`,
+		"figures": `
+image: mantlet:1
+sidecar: {concurrency: 0, resources: {requests: {cpu: 1, memory: 1e3}, limits: {cpu: 0.5, memory: 128974848, example.com/card: 2}}, drainTimeout: 0s, startupTimeout: 1m30.5s}
+metrics:
+  from:
+  - namespaceSelector: {matchExpressions: [{key: team, operator: In, values: [ops]}, {key: old, operator: DoesNotExist}]}
+  - ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}
+controlPlane: {tolerations: [{operator: Exists}, {key: a, value: b, effect: NoExecute, tolerationSeconds: 10}], nodeSelector: {a: ""}, priorityClassName: ""}
+`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			own, err := install.Render(install.Options{Namespace: "shield", Values: [][]byte{[]byte(values)}})
@@ -66,15 +82,22 @@ func helm(t *testing.T, c *chart.Chart, values string) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := chartutil.ToRenderValues(c, read, chartutil.ReleaseOptions{Name: "mantlet", Namespace: "shield", Revision: 1, IsInstall: true}, nil)
+	out, err := rendered(c, read)
 	if err != nil {
 		t.Fatal(err)
+	}
+	return out
+}
+
+func rendered(c *chart.Chart, values chartutil.Values) (out []string, err error) {
+	all, err := chartutil.ToRenderValues(c, values, chartutil.ReleaseOptions{Name: "mantlet", Namespace: "shield", Revision: 1, IsInstall: true}, nil)
+	if err != nil {
+		return nil, err
 	}
 	files, err := engine.Render(c, all)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	var out []string
 	for name, text := range files {
 		if !strings.HasSuffix(name, ".yaml") {
 			continue
@@ -86,5 +109,5 @@ func helm(t *testing.T, c *chart.Chart, values string) []string {
 		}
 	}
 	slices.Sort(out)
-	return out
+	return out, nil
 }
