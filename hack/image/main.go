@@ -46,10 +46,13 @@ type contents struct{ bin, envoy string }
 
 const binaries = "/usr/local/bin"
 
+// programs are Mantlet's, from the folder bin.
+var programs = []string{"mantlet", "mantlet-agent"}
+
 // image has two layers: Envoy and its libraries change seldom.
 func (c contents) image() (v1.Image, error) {
 	base, own := tree{}, tree{}
-	for _, name := range []string{"mantlet", "mantlet-agent"} {
+	for _, name := range programs {
 		file := filepath.Join(c.bin, name)
 		if libs, err := libraries(file); err != nil || len(libs) > 0 {
 			return nil, cmp.Or(err, fmt.Errorf("%s is not static; build it with CGO_ENABLED=0 (make build)", file))
@@ -98,9 +101,13 @@ func (c contents) image() (v1.Image, error) {
 		return nil, err
 	}
 	cfg = cfg.DeepCopy()
-	cfg.OS, cfg.Architecture = "linux", runtime.GOARCH
-	cfg.Config = v1.Config{User: "65532:65532", Entrypoint: []string{binaries + "/mantlet"}, Env: []string{"PATH=" + binaries}, WorkingDir: "/"}
+	cfg.OS, cfg.Architecture, cfg.Config = "linux", runtime.GOARCH, config()
 	return mutate.ConfigFile(img, cfg)
+}
+
+// config is how the image runs; the Dockerfile says the same.
+func config() v1.Config {
+	return v1.Config{User: "65532:65532", Entrypoint: []string{binaries + "/mantlet"}, Env: []string{"PATH=" + binaries}, WorkingDir: "/"}
 }
 
 func tag(name string) string {
