@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
@@ -122,6 +123,60 @@ func TestScalingPushesPacketsToWhomTheyConcern(t *testing.T) {
 		if c.hears == "" && !maps.Equal(values, w.compiled()) {
 			t.Errorf("one more %s has packets compiled that it has nothing to do with", c.app)
 		}
+	}
+}
+
+// TestScalingPushesPacketsOfRulesWithoutPorts: such a rule is one for UDP, too. Of egress those hear who may send to the replica.
+func TestScalingPushesPacketsOfRulesWithoutPorts(t *testing.T) {
+	for _, c := range []struct{ spec, app, hears string }{
+		{`{podSelector: {matchLabels: {app: db}}, ingress: [{from: [{podSelector: {matchLabels: {app: api}}}]}]}`, "api", "db"},
+		{`{podSelector: {matchLabels: {app: api}}, policyTypes: [Egress], egress: [{to: [{podSelector: {matchLabels: {app: db}}}]}]}`, "db", "api"},
+		{`{podSelector: {matchLabels: {app: api}}, policyTypes: [Egress], egress: [{to: [{podSelector: {matchLabels: {app: db}}}], ports: [{port: 5432}]}]}`, "db", ""},
+	} {
+		w := newTown(t)
+		np := &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "more"}}
+		if err := yaml.UnmarshalStrict([]byte(c.spec), &np.Spec); err != nil {
+			t.Fatal(err)
+		}
+		w.apply(np)
+		versions := w.published()
+		fresh := w.scale(c.app)
+		for name, version := range w.published() {
+			want := c.hears != "" && strings.HasPrefix(name, "shop/"+c.hears+"-")
+			if got := version != versions[name]; got != want && name != fresh {
+				t.Errorf("%s: one more %s pushes packets to %s: %v, want %v", c.spec, c.app, name, got, want)
+			}
+		}
+	}
+}
+
+// TestScalingPushesPacketsOfServices: who may use a service of UDP is told of its endpoints before any use.
+func TestScalingPushesPacketsOfServices(t *testing.T) {
+	w := newTown(t)
+	w.apply(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "dns"},
+		Spec: corev1.ServiceSpec{ClusterIPs: []string{"10.96.0.10"}, ClusterIP: "10.96.0.10", Ports: []corev1.ServicePort{{Protocol: corev1.ProtocolUDP, Port: 53}}}})
+	behind := func(addrs ...string) *discoveryv1.EndpointSlice {
+		s := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "dns-1", Labels: map[string]string{discoveryv1.LabelServiceName: "dns"}},
+			AddressType: discoveryv1.AddressTypeIPv4, Ports: []discoveryv1.EndpointPort{{Protocol: new(corev1.ProtocolUDP), Port: new(int32(53))}}}
+		for _, a := range addrs {
+			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{a}})
+		}
+		return s
+	}
+	w.apply(behind("10.64.0.4"))
+	versions := w.published()
+	w.apply(behind("10.64.0.4", "10.64.0.5"))
+	pushed := 0
+	for name, version := range w.published() {
+		may := strings.HasPrefix(name, "shop/web-") || name == "shop/dns-5" // who is an endpoint reaches itself
+		if got := version != versions[name]; got != may {
+			t.Errorf("one more endpoint of dns pushes packets to %s: %v, want %v", name, got, may)
+		} else if got {
+			pushed++
+		}
+	}
+	if pushed == 0 {
+		t.Error("nobody has heard of the endpoint")
 	}
 }
 
