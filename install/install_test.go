@@ -2,6 +2,7 @@ package install
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -62,6 +63,39 @@ func TestTypes(t *testing.T) {
 				t.Errorf("%s %s speaks of another namespace:\n%s", m.Kind, m.Name, m.Text)
 			}
 		}
+	}
+}
+
+// The chart is for clusters whose API server knows all kinds that it brings, by what k8s.io/api says of when they came.
+func TestKubeVersion(t *testing.T) {
+	newest := 0
+	for _, m := range render(t, Options{Set: []string{"capture=node"}}) {
+		var o any
+		switch m.Kind {
+		case "ValidatingAdmissionPolicy":
+			o = new(admissionregistrationv1.ValidatingAdmissionPolicy)
+		case "ValidatingAdmissionPolicyBinding":
+			o = new(admissionregistrationv1.ValidatingAdmissionPolicyBinding)
+		case "PodDisruptionBudget":
+			o = new(policyv1.PodDisruptionBudget)
+		}
+		if came, ok := o.(interface{ APILifecycleIntroduced() (int, int) }); ok {
+			_, minor := came.APILifecycleIntroduced()
+			newest = max(newest, minor)
+		}
+	}
+	text, err := chart.ReadFile("chart/Chart.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var c struct {
+		KubeVersion string `json:"kubeVersion"`
+	}
+	if err := yaml.Unmarshal(text, &c); err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf(">=1.%d.0-0", newest); c.KubeVersion != want {
+		t.Errorf("kubeVersion is %s, and what is in the chart needs %s", c.KubeVersion, want)
 	}
 }
 
