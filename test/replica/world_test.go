@@ -16,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -227,8 +226,8 @@ type sidecarPod struct {
 	runDir string
 }
 
-// addPod makes a pod and its network, as the kubelet would.
-func (w *world) addPod(name, ip string) *sidecarPod {
+// createPod makes a pod that has a sidecar, and runs, for all that the API says.
+func (w *world) createPod(name, ip string) *corev1.Pod {
 	w.t.Helper()
 	always := corev1.ContainerRestartPolicyAlways
 	p, err := w.client.CoreV1().Pods("shop").Create(w.t.Context(), &corev1.Pod{
@@ -242,7 +241,14 @@ func (w *world) addPod(name, ip string) *sidecarPod {
 	p.Status.HostIP, p.Status.HostIPs = "192.0.2.1", []corev1.HostIP{{IP: "192.0.2.1"}}
 	p, err = w.client.CoreV1().Pods("shop").UpdateStatus(w.t.Context(), p, metav1.UpdateOptions{})
 	w.must(err)
-	s := &sidecarPod{object: p, addr: netip.MustParseAddr(ip)}
+	return p
+}
+
+// addPod makes a pod and its network, as the kubelet would.
+func (w *world) addPod(name, ip string) *sidecarPod {
+	w.t.Helper()
+	var err error
+	s := &sidecarPod{object: w.createPod(name, ip), addr: netip.MustParseAddr(ip)}
 	s.net, err = w.network.AddPod(w.t.Context(), netns.PodSpec{Namespace: "shop", Name: name, IPs: []netip.Addr{s.addr},
 		Ports: []netns.Port{{Number: port, Speaks: netns.ServerFirst}}})
 	w.must(err)
@@ -258,25 +264,11 @@ func (w *world) startAgents(controlPlane string, pods ...*sidecarPod) {
 // startAgentsWith does so with more flags.
 func (w *world) startAgentsWith(flags []string, controlPlane string, pods ...*sidecarPod) {
 	w.t.Helper()
-	var bundle string
-	if !until(w.t.Context(), func() bool {
-		m, err := w.client.CoreV1().ConfigMaps("shop").Get(w.t.Context(), names.RootConfigMap, metav1.GetOptions{})
-		if err == nil {
-			bundle = m.Data[names.RootKey]
-		}
-		return bundle != ""
-	}) {
-		w.t.Fatal("the namespace has no trust bundle")
-	}
+	bundle := w.bundle()
 	for _, p := range pods {
-		r, err := w.client.CoreV1().ServiceAccounts("shop").CreateToken(w.t.Context(), "default", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
-			Audiences:      []string{names.TokenAudience},
-			BoundObjectRef: &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: p.object.Name, UID: p.object.UID},
-		}}, metav1.CreateOptions{})
-		w.must(err)
 		dir := filepath.Join(w.dir, p.object.Name)
 		w.must(os.MkdirAll(dir, 0o755))
-		w.must(os.WriteFile(filepath.Join(dir, "token"), []byte(r.Status.Token), 0o600))
+		w.must(os.WriteFile(filepath.Join(dir, "token"), []byte(w.token(p, names.TokenAudience)), 0o600))
 		w.must(os.WriteFile(filepath.Join(dir, "ca.crt"), []byte(bundle), 0o644))
 		p.runDir = filepath.Join(dir, "run")
 		exempt := "uid"
