@@ -7,12 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/controlplane/policy"
@@ -97,22 +97,35 @@ func (s *Server) ephemeral(r *http.Request, q *admissionv1.AdmissionRequest) (*a
 	return allow(), nil
 }
 
-// policy warns, and never refuses: the policy is in force as far as it can be, and what cannot be enforced admits nobody.
+// policy warns, and never refuses: the policy is in force as far as it can be, and what cannot be enforced admits nobody. A field that this version does not
+// know is the exception: it is lost before anything here sees it (client-go drops it), so that a rule which it narrows is as wide as without it.
 func (s *Server) policy(_ *http.Request, q *admissionv1.AdmissionRequest) (*admissionv1.AdmissionResponse, error) {
 	if q.Operation == admissionv1.Delete {
 		return allow(), nil
 	}
 	var np networkingv1.NetworkPolicy
-	if err := object(q, "NetworkPolicy", &np); err != nil {
+	unknown, err := strictly(q, "NetworkPolicy", &np)
+	if err != nil {
 		return nil, err
 	}
-	return allow(warnings(policy.Validate(&np))...), nil
+	out := unknownFields(unknown)
+	for _, e := range policy.Validate(&np) {
+		out = append(out, fmt.Sprintf("mantlet cannot enforce this as written, and admits nobody by it: %s", e))
+	}
+	if at := policy.ByAddress(&np); at != nil {
+		out = append(out, fmt.Sprintf("mantlet enforces rules over UDP and SCTP by the peer's address, which is not authenticated: %s", at))
+	}
+	return allow(out...), nil
 }
 
-func warnings(errs field.ErrorList) []string {
-	var out []string
-	for _, e := range errs {
-		out = append(out, fmt.Sprintf("mantlet cannot enforce this as written, and admits nobody by it: %s", e))
+// unknownFields are warnings, short enough for the API server to pass them on whole. What is in metadata and status decides about no connection (NetworkPolicy had
+// a status from Kubernetes 1.24 to 1.27).
+func unknownFields(paths []string) (out []string) {
+	for _, path := range paths {
+		if path == "status" || strings.HasPrefix(path, "status.") || strings.HasPrefix(path, "metadata.") {
+			continue
+		}
+		out = append(out, fmt.Sprintf("mantlet does not know field %s and cannot enforce it: the policy counts as if it were not there, and may admit more than it says", path))
 	}
 	return out
 }

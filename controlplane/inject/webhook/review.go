@@ -122,14 +122,28 @@ func postpone(why error) *admissionv1.AdmissionResponse {
 
 // object reads the object of a request. Unknown fields are passed over: a patch leaves them as they are.
 func object(q *admissionv1.AdmissionRequest, kind string, into any) error {
+	_, err := strictly(q, kind, into)
+	return err
+}
+
+// strictly is object that returns the paths of fields that the type does not know, such as "spec.ingress[0].next": those of a newer API, as the API server
+// lets no other through. There are at most 100 (sigs.k8s.io/json).
+func strictly(q *admissionv1.AdmissionRequest, kind string, into any) (unknown []string, err error) {
 	if q.Kind.Kind != kind {
-		return fmt.Errorf("a %s, and not a %s: the webhook configuration sends the wrong resources", q.Kind.Kind, kind)
+		return nil, fmt.Errorf("a %s, and not a %s: the webhook configuration sends the wrong resources", q.Kind.Kind, kind)
 	}
 	if len(q.Object.Raw) == 0 {
-		return fmt.Errorf("a %s request without the object", q.Operation)
+		return nil, fmt.Errorf("a %s request without the object", q.Operation)
 	}
-	if err := kjson.UnmarshalCaseSensitivePreserveInts(q.Object.Raw, into); err != nil {
-		return fmt.Errorf("%s: %w", kind, err)
+	strict, err := kjson.UnmarshalStrict(q.Object.Raw, into, kjson.DisallowUnknownFields)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", kind, err)
 	}
-	return nil
+	for _, e := range strict {
+		var at kjson.FieldError
+		if errors.As(e, &at) {
+			unknown = append(unknown, at.FieldPath())
+		}
+	}
+	return unknown, nil
 }
