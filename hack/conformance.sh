@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=$1
 shift
+tree=$(go run ./test/conformance -print-tree -out "$out") # before the build: what changes later is not tested
 make build image # what is tested is this tree, not what somebody built before
 [ $# -gt 0 ] || set -- node sidecar
 dir=.cache/conformance
@@ -33,7 +34,7 @@ for capture; do
 		for workload in deploy/mantlet $daemon; do
 			"$kubectl" -n mantlet-system rollout status "$workload" --timeout=120s
 		done
-		go run ./test/conformance -mode "capture $capture, $mode" -logs ".cache/conformance-logs/$capture-$mode" -out "$out" || failed="$failed $capture-$mode"
+		go run ./test/conformance -mode "capture $capture, $mode" -tree "$tree" -logs ".cache/conformance-logs/$capture-$mode" -out "$out" || failed="$failed $capture-$mode"
 	done
 done
 [ -z "$failed" ] || { echo "conformance: failed:$failed (logs: .cache/conformance-logs)" >&2; exit 1; }

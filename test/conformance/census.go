@@ -29,15 +29,15 @@ type counts struct {
 	Bare     []string // namespace/name
 }
 
-func newCensus(ctx context.Context, kubeconfig string) (*census, error) {
+func connect(kubeconfig string) (kubernetes.Interface, error) {
 	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
 		return nil, err
 	}
-	client, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		return nil, err
-	}
+	return kubernetes.NewForConfig(cfg)
+}
+
+func newCensus(ctx context.Context, client kubernetes.Interface) (*census, error) {
 	c := &census{pods: map[types.UID]bool{}, bare: map[string]bool{}}
 	f := informers.NewSharedInformerFactory(client, 0)
 	pods := f.Core().V1().Pods().Informer()

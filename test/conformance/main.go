@@ -4,7 +4,7 @@
 //	e2e.test --dry-run ──► names ──► shards of e2e.test, side by side ──► reports ──► table
 //	API server ──pods of the tests──► how many had a sidecar
 //
-// A test that fails, that is skipped without a reason of ours, or whose pods had no sidecar makes it exit 1.
+// A test that fails, that is skipped without a reason of ours, that was not found, or whose pods had no sidecar makes it exit 1.
 package main
 
 import (
@@ -34,8 +34,9 @@ func main() {
 
 // options are the flags.
 type options struct {
-	kubeconfig, mode, out, logs, focus string
-	shards                             int
+	kubeconfig, mode, out, logs, focus, tree string
+	shards                                   int
+	ask                                      bool
 }
 
 func run() error {
@@ -46,12 +47,27 @@ func run() error {
 	flag.StringVar(&o.logs, "logs", "", "folder for the tests' logs and reports; it is made, and stays")
 	flag.StringVar(&o.focus, "focus", "NetworkPolicy", "ginkgo's expression of which tests to run")
 	flag.IntVar(&o.shards, "shards", 4, "processes of e2e.test at a time")
+	flag.StringVar(&o.tree, "tree", "", "what to call what is tested in the table; empty: as -print-tree does")
+	flag.BoolVar(&o.ask, "print-tree", false, "print the commit of this working tree, and whether it has changes beside the file -out, and end")
 	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if o.ask {
+		t, err := tree(ctx, ".", o.out)
+		if err == nil {
+			fmt.Println(t)
+		}
+		return err
+	}
 	if o.kubeconfig == "" || o.mode == "" || o.logs == "" {
 		return errors.New("-kubeconfig, -mode and -logs are required")
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
+	var err error
+	if o.tree == "" {
+		if o.tree, err = tree(ctx, ".", o.out); err != nil {
+			return err
+		}
+	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	e2e, err := binaries.Path(ctx, log, "e2e.test")
 	if err != nil {
@@ -73,25 +89,34 @@ func run() error {
 
 	watching, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
-	seen, err := newCensus(watching, o.kubeconfig)
+	client, err := connect(o.kubeconfig)
+	if err != nil {
+		return err
+	}
+	server, err := client.Discovery().ServerVersion()
+	if err != nil {
+		return fmt.Errorf("version of the API server: %w", err)
+	}
+	seen, err := newCensus(watching, client)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
 	results := skipped
-	parts := make([][]result, o.shards)
+	shards := make([][]result, o.shards)
 	var g errgroup.Group
 	for i := range o.shards {
 		g.Go(func() (err error) {
-			parts[i], err = s.run(ctx, i, every(names, i, o.shards))
+			shards[i], err = s.run(ctx, i, every(names, i, o.shards))
 			return err
 		})
 	}
 	failed := g.Wait() // what ran is written down all the same
-	for _, p := range parts {
+	for _, p := range shards {
 		results = append(results, p...)
 	}
-	r := report{Mode: o.mode, Took: time.Since(began), Results: results, Named: append(names, namesOf(skipped)...), Census: seen.counts()}
+	r := report{Mode: o.mode, Tree: o.tree, Server: server.GitVersion, Began: began, Took: time.Since(began), Results: results,
+		Named: append(names, namesOf(skipped)...), Census: seen.counts()}
 	text := r.section()
 	_, _ = io.WriteString(os.Stdout, text)
 	if o.out != "" {

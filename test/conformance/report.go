@@ -15,6 +15,9 @@ import (
 // report is one run.
 type report struct {
 	Mode    string
+	Tree    string // what was tested, see tree
+	Server  string // version of the API server, in its own words
+	Began   time.Time
 	Took    time.Duration
 	Named   []string // that were to run
 	Results []result
@@ -64,7 +67,8 @@ func (r report) section() string {
 		count[t.State]++
 	}
 	slices.SortFunc(r.Results, func(a, b result) int { return strings.Compare(a.Name, b.Name) })
-	fmt.Fprintf(&b, "## %s\n\n%d tests: %d passed, %d failed, %d skipped; %s; %d pods with a sidecar, %d without.\n\n", r.Mode, len(r.Named),
+	fmt.Fprintf(&b, "## %s\n\nCommit %s; %s; API server %s.\n\n", r.Mode, r.Tree, r.Began.UTC().Format(time.DateOnly), r.Server)
+	fmt.Fprintf(&b, "%d tests: %d passed, %d failed, %d skipped; %s; %d pods with a sidecar, %d without.\n\n", len(r.Named),
 		count["passed"], len(r.Results)-count["passed"]-count["skipped"], count["skipped"], r.Took.Round(time.Second), r.Census.Sidecars, len(r.Census.Bare))
 	fmt.Fprintln(&b, "| test | result | time |\n| --- | --- | --- |")
 	for _, t := range r.Results {
@@ -77,9 +81,43 @@ func (r report) section() string {
 	return b.String()
 }
 
-// verdict is nil where every test has passed or is excused, and every pod had a sidecar.
-func (r report) verdict() error {
+// part is a part of the upstream suite, and how many tests it has.
+type part struct {
+	what  string
+	named string // is in the names of its tests, and of none of the parts before
+	tests int
+}
+
+// parts are those of Kubernetes 1.36. A suite that finds fewer proves less than it seems to; one that finds more has grown, and this has to be looked at.
+var parts = []part{{"SCTP tests", sctp, 3}, {"API tests", "Netpol API ", 2}, {"traffic tests", "NetworkPolicy between server and client", 45}}
+
+// complete is nil where the names are those of the whole suite, by number.
+func complete(names []string) error {
+	found, seen := map[string]int{}, map[string]bool{}
 	var errs []error
+	for _, n := range names {
+		i := slices.IndexFunc(parts, func(p part) bool { return strings.Contains(n, p.named) })
+		switch {
+		case seen[n]:
+			errs = append(errs, fmt.Errorf("named twice: %s", n))
+		case i < 0:
+			errs = append(errs, fmt.Errorf("of no part of the suite: %s", n))
+		default:
+			found[parts[i].what]++
+		}
+		seen[n] = true
+	}
+	for _, p := range parts {
+		if found[p.what] != p.tests {
+			errs = append(errs, fmt.Errorf("%d %s, and the suite has %d", found[p.what], p.what, p.tests))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// verdict is nil where the suite was whole, every test has passed or is excused, and every pod had a sidecar.
+func (r report) verdict() error {
+	errs := []error{complete(r.Named)}
 	done := map[string]bool{}
 	for _, t := range r.Results {
 		done[t.Name] = true
@@ -101,7 +139,7 @@ func (r report) verdict() error {
 // head is how the file begins.
 const head = `# Conformance
 
-The Kubernetes project's own NetworkPolicy tests (v1.36.3), unmodified, against Mantlet's sidecars on a real cluster with no other policy engine:
+The Kubernetes project's own NetworkPolicy tests, unmodified, against Mantlet's sidecars on a real cluster with no other policy engine:
 written by ` + "`make conformance`" + `. In *capture node* the tests' namespaces are at Pod Security baseline, as the tests make them; in *capture sidecar*, whose
 sidecars take NET_ADMIN, the API server runs without that admission plugin.
 

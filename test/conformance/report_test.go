@@ -3,35 +3,89 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-func good() report {
-	return report{
-		Mode: "strict", Took: time.Minute, Named: []string{"a"},
-		Results: []result{{Name: "a", State: "passed"}}, Census: counts{Sidecars: 3},
+// suiteNames are the names of the upstream suite's tests, as it lists them.
+func suiteNames(t *testing.T) []string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("testdata", "names.txt"))
+	if err != nil {
+		t.Fatal(err)
 	}
+	return strings.Split(strings.TrimSpace(string(text)), "\n")
+}
+
+func good(t *testing.T) report {
+	t.Helper()
+	r := report{
+		Mode: "strict", Tree: "0123456789ab with changes", Server: "v1.36.3", Began: time.Date(2026, 1, 2, 23, 0, 0, 0, time.FixedZone("", -3600*2)), Took: time.Minute,
+		Named: suiteNames(t), Census: counts{Sidecars: 3},
+	}
+	for _, n := range r.Named {
+		r.Results = append(r.Results, result{Name: n, State: "passed"})
+	}
+	return r
 }
 
 func TestVerdict(t *testing.T) {
-	if err := good().verdict(); err != nil {
+	if err := good(t).verdict(); err != nil {
 		t.Error(err)
 	}
+	less := func(r *report, named string) {
+		i := slices.IndexFunc(r.Named, func(n string) bool { return strings.Contains(n, named) })
+		r.Named = slices.Delete(r.Named, i, i+1)
+		r.Results = slices.Delete(r.Results, i, i+1)
+	}
+	first := suiteNames(t)[0]
 	for want, spoil := range map[string]func(r *report){
-		"failed: a":             func(r *report) { r.Results[0].State = "failed" },
-		"timedout: a":           func(r *report) { r.Results[0].State = "timedout" },
-		"skipped: a ":           func(r *report) { r.Results[0].State = "skipped" },
-		"did not run: c":        func(r *report) { r.Named = append(r.Named, "c") },
-		"0 pods":                func(r *report) { r.Census.Sidecars = 0 },
-		"had none: netpol/bare": func(r *report) { r.Census.Bare = []string{"netpol/bare"} },
+		"failed: " + first:                  func(r *report) { r.Results[0].State = "failed" },
+		"timedout: " + first:                func(r *report) { r.Results[0].State = "timedout" },
+		"skipped: " + first:                 func(r *report) { r.Results[0].State = "skipped" },
+		"did not run: " + first:             func(r *report) { r.Results = r.Results[1:] },
+		"0 pods":                            func(r *report) { r.Census.Sidecars = 0 },
+		"had none: netpol/bare":             func(r *report) { r.Census.Bare = []string{"netpol/bare"} },
+		"44 traffic tests, and the suite":   func(r *report) { less(r, "default-deny-all") },
+		"1 API tests, and the suite has 2":  func(r *report) { less(r, "endport") },
+		"2 SCTP tests, and the suite has 3": func(r *report) { less(r, sctp) },
+		"46 traffic tests, and the suite has 45": func(r *report) {
+			name := "Netpol NetworkPolicy between server and client should do more"
+			r.Named, r.Results = append(r.Named, name), append(r.Results, result{Name: name, State: "passed"})
+		},
+		"named twice: " + first: func(r *report) { r.Named[1] = first },
+		"of no part of the suite: Services": func(r *report) {
+			r.Named, r.Results = append(r.Named, "Services work"), append(r.Results, result{Name: "Services work", State: "passed"})
+		},
 	} {
-		r := good()
+		r := good(t)
 		spoil(&r)
 		if err := r.verdict(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
+	}
+}
+
+// What needs SCTP is not missed where the kernel has none; where it has, skipping it is a failure.
+func TestVerdictSCTP(t *testing.T) {
+	r := good(t)
+	for i := range r.Results {
+		if strings.Contains(r.Results[i].Name, sctp) {
+			r.Results[i].State = "skipped"
+		}
+	}
+	if err := r.verdict(); (err == nil) != (excuse(sctp) != "") {
+		t.Errorf("SCTP tests skipped, with the reason %q: %v", excuse(sctp), err)
+	}
+}
+
+// A section says what was tested, when, and against which API server.
+func TestSection(t *testing.T) {
+	want := "## strict\n\nCommit 0123456789ab with changes; 2026-01-03; API server v1.36.3.\n\n50 tests: 50 passed, 0 failed, 0 skipped; 1m0s; 3 pods with a sidecar, 0 without.\n\n| test |"
+	if got := good(t).section(); !strings.HasPrefix(got, want) {
+		t.Errorf("got\n%.300s\nwant\n%s", got, want)
 	}
 }
 
