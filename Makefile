@@ -62,8 +62,8 @@ test-cluster: envoy build cc cluster-binaries ## Run all tests of Mantlet on a c
 	done; [ -z "$$failed" ] || { echo "test-cluster: failed:$$failed" >&2; exit 1; }
 
 .PHONY: cluster-speed
-cluster-speed: envoy build cluster-binaries ## Measure what Mantlet costs on a cluster, as root; writes docs/kubernetes-speed.md
-	$(GO) run ./test/incluster/cmd/speed -out docs/kubernetes-speed.md
+cluster-speed: envoy build cluster-binaries ## Measure what Mantlet costs on a cluster, as root, in sidecar mode (CAPTURE=node: in that); writes docs/kubernetes-speed.md
+	$(GO) run ./test/incluster/cmd/speed -capture $(firstword $(CAPTURE)) -out docs/kubernetes-speed.md
 
 .PHONY: soak
 soak: envoy cc ## Run edits, kills and restarts under load for SOAK; SOAKBUILD=-trimpath: agents as shipped

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/test/cluster"
 	"github.com/mantlet/mantlet/test/incluster"
 )
@@ -29,15 +30,17 @@ type usage struct {
 	CPU     []float64 // millicores of each
 }
 
-// idle is what there is in the cluster while nothing happens, by program.
+// idle is what there is in the cluster while nothing happens, by program. In node mode there are daemons, and a child of theirs for each agent.
 type idle struct {
-	Agent, Envoy, Replica usage
+	Agent, Envoy, Replica, Daemon, Child usage
 }
 
 const (
 	agent   = "mantlet-agent run"
 	envoy   = "envoy"
 	replica = "mantlet control-plane"
+	daemon  = "mantlet-agent node"
+	child   = "mantlet-agent netns"
 )
 
 // watchIdle counts CPU for a while, and reads memory at the end.
@@ -58,7 +61,7 @@ func watchIdle(ctx context.Context, w *incluster.World, d time.Duration) (idle, 
 		return idle{}, ctx.Err()
 	case <-time.After(d): // what is measured is what happens in this time
 	}
-	by := map[string]*usage{agent: {}, envoy: {}, replica: {}}
+	by := map[string]*usage{agent: {}, envoy: {}, replica: {}, daemon: {}, child: {}}
 	for _, p := range all {
 		now, err := p.running()
 		if err != nil {
@@ -72,11 +75,21 @@ func watchIdle(ctx context.Context, w *incluster.World, d time.Duration) (idle, 
 		}
 		u.Count, u.Private, u.Shared = u.Count+1, append(u.Private, private), append(u.Shared, shared)
 	}
-	out := idle{*by[agent], *by[envoy], *by[replica]}
-	if out.Agent.Count == 0 || out.Envoy.Count != out.Agent.Count || out.Replica.Count == 0 {
-		return out, fmt.Errorf("%d agents, %d Envoys, %d replicas: not what there has to be", out.Agent.Count, out.Envoy.Count, out.Replica.Count)
+	out := idle{*by[agent], *by[envoy], *by[replica], *by[daemon], *by[child]}
+	return out, out.check(w.Capture, len(w.Cluster.Nodes()))
+}
+
+// check is nil where there is all that a mode has, and nothing of the other: else the figures would be of less than what runs.
+func (i idle) check(capture inject.Capture, nodes int) error {
+	daemons, children := 0, 0
+	if capture == inject.CaptureNode {
+		daemons, children = nodes, i.Agent.Count
 	}
-	return out, nil
+	if i.Agent.Count == 0 || i.Envoy.Count != i.Agent.Count || i.Replica.Count == 0 || i.Daemon.Count != daemons || i.Child.Count != children {
+		return fmt.Errorf("%d agents, %d Envoys, %d replicas, %d daemons and %d children of them on %d nodes: not what capture %s has",
+			i.Agent.Count, i.Envoy.Count, i.Replica.Count, i.Daemon.Count, i.Child.Count, nodes, capture)
+	}
+	return nil
 }
 
 // processes are Mantlet's on the nodes. A container's process is in its node's cgroup.
@@ -104,7 +117,8 @@ func processes(nodes []*cluster.Machine) (all []process, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if program := programOf(pid); program == agent || program == envoy || program == replica {
+		switch program := programOf(pid); program {
+		case agent, envoy, replica, daemon, child:
 			all = append(all, process{pid, program})
 		}
 	}

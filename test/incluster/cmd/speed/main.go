@@ -19,19 +19,22 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/mantlet/mantlet/controlplane/inject"
 	"github.com/mantlet/mantlet/test/incluster"
 )
 
 // options are the flags.
 type options struct {
 	out                 string
+	capture             inject.Capture
 	pairs, writes, pods int
 	idle                time.Duration
 }
 
 func main() {
-	var o options
+	o := options{capture: inject.CaptureSidecar}
 	flag.StringVar(&o.out, "out", "", "file to write; empty: standard output")
+	flag.Func("capture", "how pods are captured: sidecar (the default), or node", o.setCapture)
 	flag.IntVar(&o.pairs, "pairs", 15, "pods with and pods without sidecar that are started, by turns")
 	flag.IntVar(&o.writes, "writes", 200, "writes of a NetworkPolicy")
 	flag.IntVar(&o.pods, "pods", 50, "pods with sidecars when policies are written, and when nothing happens")
@@ -43,6 +46,16 @@ func main() {
 	}
 }
 
+// setCapture takes a mode by its name.
+func (o *options) setCapture(name string) error {
+	switch c := inject.Capture(name); c {
+	case inject.CaptureSidecar, inject.CaptureNode:
+		o.capture = c
+		return nil
+	}
+	return fmt.Errorf("%s or %s", inject.CaptureSidecar, inject.CaptureNode)
+}
+
 func run(o options) (err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -52,7 +65,7 @@ func run(o options) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(directory)) }()
-	w, err := incluster.Up(ctx, incluster.Options{Directory: directory, Log: log})
+	w, err := incluster.Up(ctx, incluster.Options{Directory: directory, Capture: o.capture, Log: log})
 	if err != nil {
 		return err
 	}
