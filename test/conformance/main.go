@@ -54,9 +54,10 @@ func run() error {
 	defer stop()
 	if o.ask {
 		t, err := tree(ctx, ".", o.out)
-		if err == nil {
-			fmt.Println(t)
+		if err != nil {
+			return err
 		}
+		_, err = fmt.Fprintln(os.Stdout, t)
 		return err
 	}
 	if o.kubeconfig == "" || o.mode == "" || o.logs == "" {

@@ -405,6 +405,15 @@ func testAdmission(t *testing.T, w *world) {
 	if got := w.warned(); !strings.Contains(got, "mantlet cannot enforce this") {
 		t.Errorf("a policy that cannot be enforced: warned %q", got)
 	}
+	everyPod := []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{}}}
+	np = &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Name: "dns"}, Spec: networkingv1.NetworkPolicySpec{
+		Egress: []networkingv1.NetworkPolicyEgressRule{{To: everyPod, Ports: []networkingv1.NetworkPolicyPort{{Protocol: new(corev1.ProtocolUDP)}}}}}}
+	if _, err := w.api.NetworkingV1().NetworkPolicies("shop").Create(t.Context(), np, metav1.CreateOptions{}); err != nil {
+		t.Error(err)
+	}
+	if got := w.warned(); !strings.Contains(got, "not authenticated: spec.egress[0].ports[0]") || strings.Contains(got, "\n") {
+		t.Errorf("a policy over UDP: warned %q", got)
+	}
 }
 
 // restricted is what the namespace of the installation demands.
