@@ -41,7 +41,7 @@ func Forget(match func(*Flow) bool, protocols ...uint8) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("open conntrack: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	requests, err := readings(protocols)
 	if err != nil {
 		return 0, err

@@ -259,7 +259,7 @@ func Listeners() ([]Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open sock_diag: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	list, err := dump(conn, 1<<listening)
 	if err != nil {
 		return nil, err
