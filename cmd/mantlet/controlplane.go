@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -43,7 +44,7 @@ func newControlPlane() *cobra.Command {
 		Use:   "control-plane",
 		Short: "Run a replica of the control plane in a Kubernetes cluster",
 		Long: `Control-plane watches a cluster, signs its pods' identities and keeps their sidecars supplied, until SIGTERM. Any number of replicas can
-run: they share nothing but the cluster, and any serves any pod.`,
+run: they share nothing but the cluster, and any serves any pod. After SIGTERM it serves on for --grace; a second one ends it at once.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			level := slog.LevelInfo
@@ -58,6 +59,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 			controlplane.LimitGarbage()
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
+			defer context.AfterFunc(ctx, stop)() // a second signal ends the process at once
 			return replica.Run(ctx, f.cfg)
 		},
 	}
@@ -77,6 +79,7 @@ run: they share nothing but the cluster, and any serves any pod.`,
 	flags.StringVar(&f.mtls, "mtls", "permissive", "mode of namespaces without the label "+policy.ModeLabel+": permissive or strict")
 	flags.StringVar(&f.resumption, "resumption", "on", "whether sidecars resume TLS sessions: on or off")
 	flags.DurationVar(&f.cfg.TTL, "svid-ttl", ca.DefaultTTL, "how long pods' certificates are valid; they are renewed at half of it")
+	flags.DurationVar(&f.cfg.Grace, "grace", replica.Grace, "how long to go on serving after SIGTERM, not ready any more, while sidecars and the API server go to other replicas")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "log each configuration that a sidecar is sent")
 	return cmd
 }
@@ -149,6 +152,9 @@ func (f *controlPlaneFlags) read() (err error) {
 	}
 	if c.TTL < time.Minute {
 		return fmt.Errorf("--svid-ttl %s: less than a minute\n  hint: certificates are renewed at half of it", c.TTL)
+	}
+	if c.Grace < 0 {
+		return fmt.Errorf("--grace %s: negative\n  hint: 0s ends at once", c.Grace)
 	}
 	if c.Name, err = os.Hostname(); err != nil { // a pod's name, in a pod
 		return err

@@ -18,19 +18,20 @@ import (
 	"github.com/mantlet/mantlet/identity/ca"
 )
 
-// Config says what to run. All fields are required.
+// Config says what to run. All fields but Leaving are required.
 type Config struct {
 	Settings  *settings.Settings
 	Client    kubernetes.Interface // not held to client-go's default of 5 requests a second: each pod that is created takes one
 	Authority *ca.CA               // signs the certificate; its roots are what the API server is told to trust
 	Listener  net.Listener         // Run closes it
+	Leaving   <-chan struct{}      // see webhook.Config
 	Log       *slog.Logger
 }
 
 // Run answers the API server until ctx ends; requests that are under way then are finished.
 func Run(ctx context.Context, c Config) error {
 	if c.Settings == nil || c.Client == nil || c.Authority == nil || c.Listener == nil || c.Log == nil {
-		return errors.New("admission: all fields must be set")
+		return errors.New("admission: all fields but leaving must be set")
 	}
 	cfg, err := c.Settings.Inject()
 	if err != nil {
@@ -43,7 +44,7 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return fmt.Errorf("admission: %w", err)
 	}
-	server, err := webhook.New(webhook.Config{Inject: cfg, Namespaces: c.Client.CoreV1().Namespaces(), Certificate: cert, Logger: c.Log})
+	server, err := webhook.New(webhook.Config{Inject: cfg, Namespaces: c.Client.CoreV1().Namespaces(), Certificate: cert, Leaving: c.Leaving, Logger: c.Log})
 	if err != nil {
 		return err
 	}

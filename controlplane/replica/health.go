@@ -16,7 +16,7 @@ func (r *replica) serveHealth(ctx context.Context, l net.Listener) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "alive") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !r.serving.Load() {
+		if !r.serving.Load() || r.leaving.Load() {
 			http.Error(w, "not ready: the cluster is not known yet, or the process ends", http.StatusServiceUnavailable)
 			return
 		}

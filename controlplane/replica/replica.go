@@ -5,8 +5,9 @@
 //	API server ──source/kube──► the whole cluster ──► controlplane.NewServer, Load ──► the agents' port is opened
 //	                            every change        ──► Update
 //	Secret ──retired.Records──► what running pods no longer are: before Load, and whatever another replica adds
+//	the end is asked for        ──► /readyz: 503; all else goes on for the grace, in which the agents' streams are ended one by one; then the ports are closed
 //
-// Replicas share nothing but the cluster: any serves any agent.
+// Replicas share nothing but the cluster: any serves any agent. They hold nothing of it, no Lease either, that one would have to give back at its end.
 package replica
 
 import (
@@ -61,6 +62,7 @@ type Config struct {
 	Mode      verdict.Mode      // of namespaces that do not say; zero: permissive
 	Sessions  xds.Resumption    // zero: on
 	TTL       time.Duration     // of X.509-SVIDs; zero: ca.DefaultTTL
+	Grace     time.Duration     // how long it goes on serving once it is asked to end, see Grace; zero: it ends at once
 	Log       *slog.Logger
 
 	// Settings of an installation, and where the API server comes with pods to be given sidecars, "host:port"; nil: nobody is injected. The fields
@@ -79,8 +81,10 @@ const reviewRate = 500
 // recordRate bounds per second how often the Secret with retired identities is read and written, half a megabyte at worst.
 const recordRate = 4
 
-// Run runs a replica until ctx ends, and then returns nil; nothing of it runs any more. An API server that is away is waited for.
+// Run runs a replica until ctx ends, and Config.Grace longer, and then returns nil; nothing of it runs any more. An API server that is away is waited
+// for. Where a part of it fails it ends at once, with the error.
 func Run(ctx context.Context, cfg Config) error {
+	asked := ctx // its end is what asks; what runs lasts longer
 	clients, err := clientsFor(cfg.API, cfg.Log)
 	if err != nil {
 		return err
@@ -99,13 +103,24 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	r := &replica{cfg: cfg, clients: clients, registry: registry, health: probes.Addr()}
+	r := &replica{cfg: cfg, clients: clients, registry: registry, health: probes.Addr(), asked: asked.Done()}
 	r.records = retired.New(retired.Config{
 		Client: clients.records, Watch: clients.watch, Name: types.NamespacedName{Namespace: cfg.Secret.Namespace, Name: names.RetiredSecret},
 		Worst: controlplane.RetiredFor(cfg.TTL), Log: cfg.Log,
 	})
 
-	parts, ctx := errgroup.WithContext(ctx)
+	lasting, end := context.WithCancel(context.WithoutCancel(asked))
+	defer end()
+	parts, ctx := errgroup.WithContext(lasting)
+	parts.Go(func() error {
+		select {
+		case <-asked.Done():
+			r.leave(ctx)
+			end()
+		case <-ctx.Done(): // a part has failed
+		}
+		return nil
+	})
 	parts.Go(func() error { return r.serveHealth(ctx, probes) })
 	if reports != nil {
 		parts.Go(func() error { return r.serveStatus(ctx, reports) })
@@ -168,6 +183,8 @@ type replica struct {
 	bundle   atomic.Pointer[authority.Bundle]
 	plane    atomic.Pointer[controlplane.ControlPlane]
 	serving  atomic.Bool
+	asked    <-chan struct{} // closed once it is asked to end
+	leaving  atomic.Bool     // it is, and goes on serving for the grace
 }
 
 // openAgain is between two attempts to reach the Secret.
@@ -202,7 +219,7 @@ func (r *replica) admit(ctx context.Context, root *ca.CA) error {
 	if err != nil {
 		return fmt.Errorf("webhooks' port: %w", err)
 	}
-	return admission.Run(ctx, admission.Config{Settings: r.cfg.Settings, Client: r.clients.admit, Authority: root, Listener: l, Log: r.cfg.Log})
+	return admission.Run(ctx, admission.Config{Settings: r.cfg.Settings, Client: r.clients.admit, Authority: root, Listener: l, Leaving: r.asked, Log: r.cfg.Log})
 }
 
 // run brings the cluster to the agents.

@@ -146,32 +146,48 @@ func (l *text) String() string {
 // running is a replica.
 type running struct {
 	agents string // address
+	health string // address
 	status string // URL
 	log    *text
-	stop   func()
+	ask    func()          // asks it to end
+	ended  <-chan struct{} // closed when it has
+	stop   func()          // ends it
+}
+
+// port is one that is free.
+func (w *world) port() (address string) {
+	w.t.Helper()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	w.must(err)
+	w.must(free.Close())
+	return free.Addr().String()
 }
 
 // start runs a replica until it is stopped, and returns when it serves.
 func (w *world) start() *running {
 	w.t.Helper()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	w.must(err)
-	at := free.Addr().String()
-	w.must(free.Close())
-	r := &running{status: "http://" + at, log: &text{}}
+	return w.startWith(Config{})
+}
+
+// startWith does so with more configuration.
+func (w *world) startWith(c Config) *running {
+	w.t.Helper()
+	at, ended := w.port(), make(chan struct{})
+	r := &running{health: w.port(), status: "http://" + at, log: &text{}, ended: ended}
 	ctx, cancel := context.WithCancel(context.Background())
 	serves := make(chan string, 1)
-	ended := make(chan error, 1)
+	c.API, c.TrustDomain, c.Listen, c.Health, c.Status, c.Name = w.api, td, "127.0.0.1:0", r.health, at, at
+	c.Secret = types.NamespacedName{Namespace: names.SystemNamespace, Name: names.CASecret}
+	c.Log, c.Listening = slog.New(slog.NewTextHandler(r.log, nil)), func(agents, _ net.Addr) { serves <- agents.String() }
+	var err error
 	go func() {
-		ended <- Run(ctx, Config{
-			API: w.api, TrustDomain: td, Listen: "127.0.0.1:0", Health: "127.0.0.1:0", Status: at, Name: at,
-			Secret: types.NamespacedName{Namespace: names.SystemNamespace, Name: names.CASecret},
-			Log:    slog.New(slog.NewTextHandler(r.log, nil)), Listening: func(agents, _ net.Addr) { serves <- agents.String() },
-		})
+		err = Run(ctx, c)
+		close(ended)
 	}()
+	r.ask = cancel
 	r.stop = sync.OnceFunc(func() {
 		cancel()
-		if err := <-ended; err != nil {
+		if <-ended; err != nil {
 			w.t.Errorf("a replica ended with %v", err)
 		}
 	})

@@ -136,7 +136,7 @@ type controlPlane struct {
 func (w *world) launch(agents, health string) *controlPlane {
 	w.t.Helper()
 	p := &controlPlane{t: w.t, log: &text{}, ended: make(chan struct{}), health: health}
-	p.cmd = exec.Command(build(w.t, "mantlet"), "control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agents, "--health", health, "--status", statusOf(health), "--trust-domain", "td.example")
+	p.cmd = exec.Command(build(w.t, "mantlet"), "control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agents, "--health", health, "--status", statusOf(health), "--trust-domain", "td.example", "--grace", "0s")
 	p.cmd.Stderr = p.log
 	w.must(p.cmd.Start())
 	go func() {

@@ -31,14 +31,18 @@ type Namespaces interface {
 	Get(ctx context.Context, name string, opts metav1.GetOptions) (*corev1.Namespace, error)
 }
 
-// Config configures a Server. All fields are required.
+// Config configures a Server. All fields but Leaving are required.
 type Config struct {
 	Inject     inject.Config
 	Namespaces Namespaces // its client should not be held to client-go's default of 5 requests a second: each pod takes one
 	// Certificate is the server's, with the DNS name of its Service among the names; *ca.Server is one. It is asked for at every
 	// handshake, so that it may renew.
 	Certificate x509svid.Source
-	Logger      *slog.Logger
+	// Leaving is closed when the API server is to go elsewhere, some time before Serve's context ends: from then on each answer is the last of its
+	// connection. API servers keep connections, and those stay with the replica that they were opened to (kube-proxy leaves what is established alone);
+	// one that is closed while a request is on its way would be an admission that fails, which they do not try again. nil: never.
+	Leaving <-chan struct{}
+	Logger  *slog.Logger
 }
 
 // Server answers the API server.
@@ -46,6 +50,7 @@ type Server struct {
 	cfg        inject.Config
 	namespaces Namespaces
 	cert       x509svid.Source
+	leaving    <-chan struct{}
 	log        *slog.Logger
 	budget     budget
 }
@@ -58,7 +63,7 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.Inject.Check(); err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg.Inject, namespaces: cfg.Namespaces, cert: cfg.Certificate, log: cfg.Logger}, nil
+	return &Server{cfg: cfg.Inject, namespaces: cfg.Namespaces, cert: cfg.Certificate, leaving: cfg.Leaving, log: cfg.Logger}, nil
 }
 
 // Handler serves the paths, without TLS.
@@ -69,7 +74,14 @@ func (s *Server) Handler() http.Handler {
 	mux.Handle(PathEphemeral, s.handler(podLoad, s.ephemeral))
 	mux.Handle(PathPolicy, s.handler(policyLoad, s.policy))
 	mux.HandleFunc("GET "+PathHealth, func(w http.ResponseWriter, _ *http.Request) { _, _ = fmt.Fprintln(w, "ok") })
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-s.leaving:
+			w.Header().Set("Connection", "close")
+		default:
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
 
 // stopGrace is how long requests that are under way may take at the end.
