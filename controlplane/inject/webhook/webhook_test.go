@@ -92,6 +92,27 @@ func post(t testing.TB, s *Server, path, contentType, body string) (int, *admiss
 
 const podText = `{"apiVersion":"v1","kind":"Pod","metadata":{"generateName":"web-"},"spec":{"fieldOfTomorrow":{"a":1},"containers":[{"name":"app","image":"x","securityContext":{"runAsUser":1}}]}}`
 
+// Once the API server is to go elsewhere it is answered, and told to come by another connection.
+func TestLeaving(t *testing.T) {
+	s, _ := newServer(t)
+	leaving := make(chan struct{})
+	s.leaving = leaving
+	server := httptest.NewServer(s.Handler())
+	defer server.Close()
+	for _, goes := range []bool{false, true} {
+		if goes {
+			close(leaving)
+		}
+		answer, err := server.Client().Post(server.URL+PathInject, "application/json", strings.NewReader(review(admissionv1.Create, "Pod", "shop", podText)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer.Body.Close(); answer.StatusCode != http.StatusOK || answer.Close != goes {
+			t.Errorf("leaving: %v: status %d, last of its connection: %v", goes, answer.StatusCode, answer.Close)
+		}
+	}
+}
+
 func TestInject(t *testing.T) {
 	s, _ := newServer(t)
 	_, answer := post(t, s, PathInject, "application/json", review(admissionv1.Create, "Pod", "shop", podText))
