@@ -103,6 +103,7 @@ func TestDaemonKilled(t *testing.T) {
 	w := nodeMode(t)
 	p := newPlace(t, w, "killed")
 	friend, foe := p.contest(2, "")
+	streams, standing := p.streams()
 	admitted, denied := friend.more(0), foe.more(0)
 	var pods []string
 	for round := range 2 { // the kubelet starts a daemon anew at once the first time, and after 10 s the second
@@ -127,6 +128,7 @@ func TestDaemonKilled(t *testing.T) {
 	}
 	friend.since("daemons were killed", admitted, 50, traffic.Reached)
 	foe.since("daemons were killed", denied, 50, traffic.Refused)
+	streams.unbroken("daemons were killed", standing, 50)
 	p.flip(friend, foe, "a policy written afterwards")
 }
 
@@ -138,6 +140,7 @@ func TestNodeUpgrade(t *testing.T) {
 		t.Fatal(err)
 	}
 	friend, foe := p.contest(2, "")
+	streams, standing := p.streams()
 	admitted, denied := friend.more(0), foe.more(0)
 	t.Cleanup(func() {
 		if err := w.Install(context.WithoutCancel(t.Context())); err != nil {
@@ -179,6 +182,7 @@ func TestNodeUpgrade(t *testing.T) {
 	}
 	friend.since("upgraded", admitted, 50, traffic.Reached)
 	foe.since("upgraded", denied, 50, traffic.Refused)
+	streams.unbroken("upgraded", standing, 50)
 	p.flip(friend, foe, "a policy written afterwards")
 }
 

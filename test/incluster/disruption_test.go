@@ -5,6 +5,10 @@ import (
 	"fmt"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/mantlet/mantlet/controlplane/inject/names"
 	"github.com/mantlet/mantlet/test/incluster/traffic"
 )
 
@@ -40,38 +44,50 @@ func TestAPIServerRestart(t *testing.T) {
 	w := extra(t)
 	p := newPlace(t, w, "restart")
 	friend, foe := p.contest(1, "")
+	streams, standing := p.streams()
 	admitted, denied := friend.more(0), foe.more(0)
 	if err := w.Cluster.StopAPIServer(); err != nil {
 		t.Fatal(err)
 	}
 	friend.since("no API server", admitted, 100, traffic.Reached)
 	foe.since("no API server", denied, 100, traffic.Refused)
+	streams.unbroken("no API server", standing, 100)
 	if err := w.Cluster.StartAPIServer(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	p.flip(friend, foe, "the policy written afterwards")
+	streams.unbroken("an API server again, and a policy that concerns others", standing, 50)
 	p.apply(client("late", ""))
 	p.ready("pod/late")
 	p.want("a pod that came afterwards", "late", traffic.Refused, friend.addresses...)
 }
 
-// All replicas of the control plane are replaced while connections are made: none that is allowed fails, none that is denied gets through, and pods
-// start meanwhile.
+// Mantlet is upgraded while connections are made and others last, and while pods are created: none that is allowed fails or breaks, none that is denied
+// gets through, no pod is refused, and those that start meanwhile are enforced.
 func TestRollingUpgrade(t *testing.T) {
 	w := extra(t)
 	p := newPlace(t, w, "upgrade")
+	if err := w.LoadNext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	friend, foe := p.contest(2, "")
+	streams, standing := p.streams()
 	admitted, denied := friend.more(0), foe.more(0)
 	before, err := w.Status(t.Context())
 	if err != nil {
 		t.Log(err)
 	}
-	if _, err := w.Cluster.Kubectl(t.Context(), "", "-n", "mantlet-system", "rollout", "restart", "deployment/mantlet"); err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(func() {
+		if err := w.Install(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	stop := p.creating()
+	upgrade, ctx := errgroup.WithContext(t.Context())
+	upgrade.Go(func() error { return w.Install(ctx, "image="+Next) })
 	p.apply(client("meanwhile", ""))
 	p.ready("pod/meanwhile")
-	if err := w.AwaitControlPlane(t.Context()); err != nil {
+	if err := upgrade.Wait(); err != nil {
 		t.Fatal(err)
 	}
 	old := map[string]bool{}
@@ -81,10 +97,24 @@ func TestRollingUpgrade(t *testing.T) {
 	if err := Await(t.Context(), patience, func(ctx context.Context) error { return servedByOthers(ctx, p, old) }); err != nil {
 		t.Error(err)
 	}
+	p.await("the end of the old replicas, which outlasts their being replaced by their grace", func() error { return replaced(t.Context(), w, old) })
+	stop()
 	p.want("a pod that came meanwhile", "meanwhile", traffic.Refused, friend.addresses...)
-	friend.since("all replicas replaced", admitted, 50, traffic.Reached)
-	foe.since("all replicas replaced", denied, 50, traffic.Refused)
+	friend.since("upgraded", admitted, 50, traffic.Reached)
+	foe.since("upgraded", denied, 50, traffic.Refused)
+	streams.unbroken("upgraded", standing, 50)
 	p.flip(friend, foe, "a policy written afterwards")
+}
+
+// replaced is nil when there are no such replicas of the control plane any more.
+func replaced(ctx context.Context, w *World, old map[string]bool) error {
+	list, err := w.Client.CoreV1().Pods(names.SystemNamespace).List(ctx, metav1.ListOptions{})
+	for _, pod := range list.Items {
+		if old[pod.Name] {
+			return fmt.Errorf("%s is there", pod.Name)
+		}
+	}
+	return err
 }
 
 // servedByOthers is nil when all sidecars of a namespace are connected to replicas that are not the old ones.

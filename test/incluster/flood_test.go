@@ -42,17 +42,22 @@ func (p place) logOf(name string) string {
 
 // tallies are the last ones, by address.
 func (f *flood) tallies() (map[string]traffic.Tally, error) {
-	log, err := os.Open(f.log)
+	return lastLines(f.log, func(t traffic.Tally) string { return t.To })
+}
+
+// lastLines are the last JSON lines of each kind in a pod's log.
+func lastLines[T any](path string, kind func(T) string) (map[string]T, error) {
+	log, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	all := map[string]traffic.Tally{}
+	all := map[string]T{}
 	for lines := bufio.NewScanner(log); lines.Scan(); {
 		_, text, whole := strings.Cut(lines.Text(), " F ") // the runtime's: time, stream, "F" of a full line
-		var t traffic.Tally
+		var t T
 		if whole && json.Unmarshal([]byte(text), &t) == nil {
-			all[t.To] = t
+			all[kind(t)] = t
 		}
 	}
 	return all, nil

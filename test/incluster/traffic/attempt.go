@@ -2,8 +2,10 @@
 //
 //	traffic try ADDRESS…    one attempt at each, a JSON line for each
 //	traffic flood ADDRESS…  attempts without end, and what came of all of them so far as JSON lines: the pod's log
+//	traffic stream ADDRESS… one connection to each for as long as it lasts, and what came of it so far as JSON lines
+//	traffic echo ADDRESS    what streams lead to
 //
-// The servers are agnhost's: they answer GET /hostname with their pod's name.
+// The servers of attempts are agnhost's: they answer GET /hostname with their pod's name.
 package traffic
 
 import (

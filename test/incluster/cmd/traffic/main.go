@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -31,6 +32,13 @@ func run(ctx context.Context, args []string) error {
 		return nil
 	case "flood":
 		return traffic.Flood(ctx, os.Stdout, args[1:])
+	case "stream":
+		return traffic.Stream(ctx, os.Stdout, args[1:])
+	case "echo":
+		if len(args) != 2 {
+			return errors.New("echo: want the address where to listen, as host:port")
+		}
+		return traffic.Echo(ctx, args[1])
 	case "try":
 		lines := json.NewEncoder(os.Stdout)
 		for _, to := range args[1:] {
@@ -47,5 +55,5 @@ func run(ctx context.Context, args []string) error {
 		}
 		return nil
 	}
-	return fmt.Errorf("%q is none of pause, flood, try, reach", args[0])
+	return fmt.Errorf("%q is none of pause, flood, stream, echo, try, reach", args[0])
 }
