@@ -3,8 +3,10 @@ package replica
 
 import (
 	"context"
+	"net/http"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -90,6 +92,34 @@ func TestReadiness(t *testing.T) {
 	}
 	w.ready(plane)
 	plane.stop()
+}
+
+// TestEnd: SIGTERM has a replica go on for its grace, not ready and with its sidecars until they are sent away, and a second one has it end at once.
+func TestEnd(t *testing.T) {
+	w := newWorld(t)
+	first, second := w.launch(agentsAt, healthAt, "--grace", "1h"), w.launch(secondAt, secondHealthAt)
+	w.ready(first)
+	w.ready(second)
+	db, api := w.addPod("db", "10.64.0.11"), w.addPod("api", "10.64.0.12")
+	w.startAgents(agentsAt, db)
+	w.startAgents(secondAt, api)
+	w.must(first.cmd.Process.Signal(syscall.SIGTERM))
+	if !until(t.Context(), func() bool { code, _ := first.get("/readyz"); return code == http.StatusServiceUnavailable }) {
+		t.Fatalf("it does not say that it is not ready:\n%s", first.log)
+	}
+	w.apply(admit("db", "nobody"))
+	w.await("a policy that is written then", api, db, netns.Refused)
+	if code, out, errs := w.status([]*controlPlane{first, second}, "--wait", "shop/db", "--timeout", "30s"); code != 0 {
+		t.Errorf("status of a policy in force in a sidecar whose replica is about to end: exit code %d\n%s%s", code, out, errs)
+	}
+	first.stopped = true
+	w.must(first.cmd.Process.Signal(syscall.SIGTERM))
+	select {
+	case <-first.ended:
+	case <-time.After(patience):
+		t.Fatal("it does not end at a second signal")
+	}
+	second.stop()
 }
 
 // BenchmarkWriteToACK measures from the write of a NetworkPolicy to the ACK of the sidecar that it is for, with programs as they are shipped. The

@@ -132,11 +132,12 @@ type controlPlane struct {
 	health  string
 }
 
-// launch starts the process and waits until its health port answers.
-func (w *world) launch(agents, health string) *controlPlane {
+// launch starts the process, which ends at once when it is asked to unless flags say otherwise, and waits until its health port answers.
+func (w *world) launch(agents, health string, flags ...string) *controlPlane {
 	w.t.Helper()
 	p := &controlPlane{t: w.t, log: &text{}, ended: make(chan struct{}), health: health}
-	p.cmd = exec.Command(build(w.t, "mantlet"), "control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agents, "--health", health, "--status", statusOf(health), "--trust-domain", "td.example", "--grace", "0s")
+	p.cmd = exec.Command(build(w.t, "mantlet"), append([]string{"control-plane", "--kubeconfig", w.server.Kubeconfig(), "--listen", agents, "--health", health, "--status", statusOf(health),
+		"--trust-domain", "td.example", "--grace", "0s"}, flags...)...)
 	p.cmd.Stderr = p.log
 	w.must(p.cmd.Start())
 	go func() {
