@@ -98,7 +98,7 @@ func (p place) creating() (stop func()) {
 	var loop sync.WaitGroup
 	var admitted atomic.Int32
 	loop.Go(func() {
-		for ctx.Err() == nil {
+		for refused := 0; ctx.Err() == nil && refused < 10; {
 			pod, err := p.Client.CoreV1().Pods(p.name).Create(ctx, &corev1.Pod{
 				ObjectMeta: metav1.ObjectMeta{GenerateName: "new-", Labels: map[string]string{"app": "new"}},
 				Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: Client, Args: []string{"pause"}}}},
@@ -106,6 +106,7 @@ func (p place) creating() (stop func()) {
 			switch {
 			case ctx.Err() != nil:
 			case err != nil:
+				refused++
 				p.Errorf("a pod is refused after %d were admitted: %v", admitted.Load(), err)
 			case len(pod.Spec.InitContainers) == 0:
 				p.Errorf("a pod is admitted without a sidecar after %d others", admitted.Load())
