@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -92,6 +93,9 @@ func (s *streams) unbroken(why string, mark map[string]traffic.Course, n int) {
 	}
 }
 
+// slow is an admission that is told of.
+const slow = 2 * time.Second
+
 // creating has the API server admit pods without pause, and not make them, until the function is called, which wants none to have been refused.
 func (p place) creating() (stop func()) {
 	ctx, cancel := context.WithCancel(p.Context())
@@ -99,6 +103,7 @@ func (p place) creating() (stop func()) {
 	var admitted atomic.Int32
 	loop.Go(func() {
 		for refused := 0; ctx.Err() == nil && refused < 10; {
+			began := time.Now()
 			pod, err := p.Client.CoreV1().Pods(p.name).Create(ctx, &corev1.Pod{
 				ObjectMeta: metav1.ObjectMeta{GenerateName: "new-", Labels: map[string]string{"app": "new"}},
 				Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "app", Image: Client, Args: []string{"pause"}}}},
@@ -112,6 +117,9 @@ func (p place) creating() (stop func()) {
 				p.Errorf("a pod is admitted without a sidecar after %d others", admitted.Load())
 			default:
 				admitted.Add(1)
+				if took := time.Since(began); took > slow {
+					p.Logf("pod %d was admitted after %s, at %s", admitted.Load(), took.Round(time.Millisecond), time.Now().Format(time.TimeOnly))
+				}
 			}
 		}
 	})
