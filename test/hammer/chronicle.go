@@ -56,8 +56,15 @@ const (
 
 func (v Verdict) String() string { return [...]string{"either", "denied", "allowed"}[v] }
 
-// Judge says what had to become of an attempt.
-func (c *Chronicle) Judge(peer, target string, began, ended time.Time) Verdict {
+// Settled is from when on the last state that was begun is the only one in force; it must have been confirmed.
+func (c *Chronicle) Settled() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.states[len(c.states)-1].confirmed.Add(Settling)
+}
+
+// Judge says what had to become of an attempt, and how many states may have been in force while it lasted.
+func (c *Chronicle) Judge(peer, target string, began, ended time.Time) (v Verdict, states int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	first := len(c.states) - 1
@@ -78,13 +85,14 @@ func (c *Chronicle) Judge(peer, target string, began, ended time.Time) Verdict {
 			denied++
 		}
 	}
+	states = allowed + denied
 	switch {
 	case allowed == 0:
-		return Denied
+		return Denied, states
 	case denied == 0:
-		return Allowed
+		return Allowed, states
 	}
-	return Either
+	return Either, states
 }
 
 // Len is how many states there have been.
@@ -104,6 +112,7 @@ type Tally struct {
 	Datagrams, Lost         int    // exchanges of datagrams among the attempts, and how many of those got no answer that they had to get
 	Wrong                   int
 	Complaints              []string // the first of them
+	Windows                 Windows
 }
 
 const maxComplaints = 20
@@ -128,6 +137,7 @@ func (t *Tally) Add(o *Tally) {
 	t.Datagrams += o.Datagrams
 	t.Lost += o.Lost
 	t.Wrong += o.Wrong
+	t.Windows.add(o.Windows)
 	t.Complaints = append(t.Complaints, o.Complaints[:min(len(o.Complaints), maxComplaints-min(maxComplaints, len(t.Complaints)))]...)
 }
 

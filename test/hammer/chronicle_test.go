@@ -19,21 +19,24 @@ func TestJudge(t *testing.T) {
 	for _, test := range []struct {
 		began, ended float64
 		want         Verdict
+		states       int
 	}{
-		{1, 2, Denied},
-		{1, 9.9, Denied},
-		{1, 10, Either}, // the next may be in force as soon as it is begun
-		{10.5, 11, Either},
-		{11, 12, Either}, // confirmed, and not settled
-		{11.25, 12, Allowed},
-		{15, 19, Allowed},
-		{15, 25, Either},
-		{21.25, 29, Denied},
-		{22, 31, Either},
-		{40, 41, Either}, // what nobody has confirmed never displaces what was there
+		{1, 2, Denied, 1},
+		{1, 9.9, Denied, 1},
+		{1, 10, Either, 2}, // the next may be in force as soon as it is begun
+		{10.5, 11, Either, 2},
+		{11, 12, Either, 2}, // confirmed, and not settled
+		{11.25, 12, Allowed, 1},
+		{15, 19, Allowed, 1},
+		{15, 25, Either, 2},
+		{1, 25, Either, 3},
+		{21.25, 29, Denied, 1},
+		{22, 31, Either, 2},
+		{40, 41, Either, 2}, // what nobody has confirmed never displaces what was there
 	} {
-		if got := c.Judge("a", "b", at(test.began), at(test.ended)); got != test.want {
-			t.Errorf("from %v to %v: %s, want %s", test.began, test.ended, got, test.want)
+		got, states := c.Judge("a", "b", at(test.began), at(test.ended))
+		if got != test.want || states != test.states {
+			t.Errorf("from %v to %v: %s of %d states, want %s of %d", test.began, test.ended, got, states, test.want, test.states)
 		}
 	}
 }

@@ -84,10 +84,11 @@ type Siege struct {
 	gate      sync.RWMutex // held for reading by each attempt
 
 	mu       sync.Mutex
-	attempts []Attempt      // that nobody has judged
-	count    int            // attempts so far
-	counts   map[string]int // the same, by peer and target
-	more     chan struct{}  // closed at the next attempt
+	attempts []Attempt            // that nobody has judged
+	count    int                  // attempts so far
+	counts   map[string]int       // the same, by peer and target
+	latest   map[string]time.Time // when the last attempt that has ended began, by peer and target
+	more     chan struct{}        // closed at the next attempt
 	failed   error
 	excused  []span
 	// What the apps have seen and no judged attempt stands for.
@@ -107,7 +108,7 @@ type span struct {
 
 // NewSiege returns a siege of apps that nobody takes part in yet.
 func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
-	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), counts: map[string]int{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{},
+	s := &Siege{chronicle: c, apps: apps, more: make(chan struct{}), counts: map[string]int{}, latest: map[string]time.Time{}, seen: map[string]Visit{}, silent: map[string]int{}, streams: map[string]bool{},
 		late: map[string]bool{}, mute: map[string]int{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -170,6 +171,7 @@ func (s *Siege) add(a Attempt) {
 	s.attempts = append(s.attempts, a)
 	s.count++
 	s.counts[a.Peer+" "+a.Target.key()]++
+	s.latest[a.Peer+" "+a.Target.key()] = a.Began
 	close(s.more)
 	s.more = make(chan struct{})
 }
@@ -194,6 +196,21 @@ func (s *Siege) AwaitEach(ctx context.Context, peer string, targets []Target) er
 		key := peer + " " + to.key()
 		if err := s.until(ctx, func() bool { return s.counts[key] >= before[key]+2 }); err != nil { // one may have been under way
 			return fmt.Errorf("wait for %s to try %s: %w", peer, to.key(), err)
+		}
+	}
+	return nil
+}
+
+// AwaitSettled returns when the last state, which must have been confirmed, is the only one in force, and a peer has begun and ended an attempt at each
+// of some targets since. What is under way at the next edit is then held against two states, and against more only if it lasts until the edit after that.
+func (s *Siege) AwaitSettled(ctx context.Context, peer string, targets []Target) error {
+	settled := s.chronicle.Settled()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, to := range targets {
+		key := peer + " " + to.key()
+		if err := s.until(ctx, func() bool { return !s.latest[key].Before(settled) }); err != nil {
+			return fmt.Errorf("wait for %s to try %s while policy is at rest: %w", peer, to.key(), err)
 		}
 	}
 	return nil
@@ -279,7 +296,7 @@ func (s *Siege) judge(t *Tally, a *Attempt) {
 		t.Answered++
 	}
 	what := fmt.Sprintf("%s → %s (%s), %s to %s", a.Peer, a.Target.Name, a.Target.Addr, clock(a.Began), clock(ended))
-	v := s.chronicle.Judge(a.Peer, a.Target.Name, a.Began, ended)
+	v, states := s.chronicle.Judge(a.Peer, a.Target.Name, a.Began, ended)
 	switch {
 	case a.Answer != "" && !answered:
 		t.complain("%s: somebody else answered: %q", what, a.Answer)
@@ -293,16 +310,19 @@ func (s *Siege) judge(t *Tally, a *Attempt) {
 	switch v {
 	case Denied:
 		t.Denied++
+		t.Windows.note(a.Peer, states, Judged{Denied: 1})
 		if answered || reached || a.Answer != "" {
 			t.complain("%s: had to be denied and was admitted (answer %q, seen by the app: %v)", what, a.Answer, reached)
 		}
 	case Allowed:
 		t.Allowed++
+		t.Windows.note(a.Peer, states, Judged{Allowed: 1})
 		if a.Target.Protocol == verdict.TCP && !answered && !s.isExcused(a.Peer, a.Target.Pod, a.Began, ended) {
 			t.complain("%s: had to be answered and was not: %v (seen by the app: %v)", what, a.Err, reached)
 		}
 	case Either:
 		t.Either++
+		t.Windows.note(a.Peer, states, Judged{Either: 1})
 	}
 }
 
