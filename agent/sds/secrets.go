@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"time"
 
@@ -34,9 +35,33 @@ type secret struct {
 // offered are the names that this server has, whether or not their secrets exist yet.
 func offered(name string) bool { return name == names.SecretWorkload || name == names.SecretBundle }
 
-// secrets builds both secrets from the source as it is now. Both or none: without a valid SVID there is no trust domain to
+// material is what both secrets are made of.
+type material struct {
+	svid   *x509svid.SVID
+	bundle *x509bundle.Bundle
+}
+
+// offer makes secrets of what the source has now, and else, of what they were made of last on this stream: Envoy keeps a certificate past its end, and
+// with it the sessions, unless each period changes the bytes. Nobody who looks at that certificate takes it. Where there was none, there are none.
+// The error says what is wrong with the source.
+func offer(source svid.Source, last *material, epoch int64) (of *material, have map[string]secret, err error) {
+	now, err := read(source)
+	if err == nil {
+		have, err = now.secrets(epoch)
+	}
+	switch {
+	case err == nil:
+		return now, have, nil
+	case last == nil:
+		return nil, nil, err
+	}
+	have, again := last.secrets(epoch)
+	return last, have, errors.Join(err, again)
+}
+
+// read takes the material from the source as it is now. Both or none: without a valid SVID there is no trust domain to
 // trust, and Envoy must not take part in anything.
-func secrets(source svid.Source, epoch int64) (map[string]secret, error) {
+func read(source svid.Source) (*material, error) {
 	s, err := source.GetX509SVID()
 	if err != nil {
 		return nil, err
@@ -55,15 +80,20 @@ func secrets(source svid.Source, epoch int64) (map[string]secret, error) {
 	if bundle.Empty() { // Envoy would refuse it; say it in our words
 		return nil, fmt.Errorf("trust bundle of %q has no root", s.ID.TrustDomain())
 	}
-	workload, err := workloadSecret(s, epoch)
+	return &material{s, bundle}, nil
+}
+
+// secrets are those of one period.
+func (m *material) secrets(epoch int64) (map[string]secret, error) {
+	workload, err := workloadSecret(m.svid, epoch)
 	if err != nil {
 		return nil, err
 	}
-	trust, err := bundleSecret(bundle)
+	trust, err := bundleSecret(m.bundle)
 	if err != nil {
 		return nil, err
 	}
-	workload.id = s.ID
+	workload.id = m.svid.ID
 	return map[string]secret{workload.name: workload, trust.name: trust}, nil
 }
 

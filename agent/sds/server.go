@@ -10,7 +10,7 @@
 //
 // Envoy resumes TLS sessions, and asks neither for the certificate nor for its expiry then. Nothing in Envoy bounds that, but the keys of
 // session tickets live no longer than the TLS context, and that is made anew when the secret's bytes change. So they change with each
-// period of [SessionBound], whether or not the certificate does and whether or not the control plane can be reached: a session is
+// period of [SessionBound], whether or not the certificate does and whether or not it can be renewed: a session is
 // resumed for no longer than that, and by nobody later than that after the expiry of his certificate.
 package sds
 
@@ -126,17 +126,19 @@ func serve[Req any](s *Server, v variant[Req], recv func() (Req, error), stream 
 		}
 	}()
 	waiting := false
+	var last *material // that there were secrets of
 	for {
 		updated := s.source.Updated() // before reading, so that no change falls in between
 		epoch, left := s.epoch()
-		have, err := secrets(s.source, epoch)
+		m, have, err := offer(s.source, last, epoch)
 		switch {
 		case err != nil && !waiting:
-			s.log.Warn("no secrets to serve yet; Envoy waits", "reason", err)
+			s.log.Warn("no valid secrets to serve; Envoy waits, or stays with what it has", "reason", err)
 			waiting = true
 		case err == nil:
 			waiting = false
 		}
+		last = m
 		if err := v.push(have); err != nil {
 			return err
 		}

@@ -159,7 +159,7 @@ func TestNoSecretsFromWhatIsNotValid(t *testing.T) {
 	} {
 		src := newSource()
 		src.set(tc.svid, tc.bundle)
-		if have, err := secrets(src, 0); err == nil || len(have) != 0 {
+		if _, have, err := offer(src, nil, 0); err == nil || len(have) != 0 {
 			t.Errorf("%s: %d secrets, %v", tc.name, len(have), err)
 		}
 	}
@@ -294,11 +294,11 @@ func TestSameContentSameBytes(t *testing.T) {
 	a := newCA(t, ca.Config{})
 	src := newSource()
 	src.set(issue(t, a, "shop"), a.Bundle())
-	one, err := secrets(src, 0)
+	_, one, err := offer(src, nil, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	two, err := secrets(src, 0)
+	_, two, err := offer(src, nil, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
