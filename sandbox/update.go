@@ -34,13 +34,16 @@ type Change struct {
 	Types []string
 }
 
+// ErrOtherNetworks is what Update refuses: the networks of pods and Services are those that the sandbox was started with.
+var ErrOtherNetworks = errors.New("the manifests give addresses outside the networks that the sandbox runs with\n  hint: start the sandbox anew")
+
 // Update makes the running sandbox one of other manifests, read with the present ones as source.Options.Previous. Pods that are new
 // are started, those that are gone are ended; a pod whose addresses, ports or injection change is replaced, and so is one of a workload
 // whose labels change, as a Deployment would do it. A pod that stands alone is relabelled while it runs. It returns when every sidecar
-// has confirmed what it was sent; while the control plane is stopped, at once.
+// has confirmed what it was sent; while the control plane is stopped, at once. After ErrOtherNetworks all is as before, after other errors not.
 func (s *Sandbox) Update(ctx context.Context, next *source.Manifests) (*Change, error) {
 	if !slices.Equal(next.PodNetwork, s.cfg.Manifests.PodNetwork) || !slices.Equal(next.ServiceNetwork, s.cfg.Manifests.ServiceNetwork) {
-		return nil, errors.New("the manifests give addresses outside the networks that the sandbox runs with\n  hint: start the sandbox anew")
+		return nil, ErrOtherNetworks
 	}
 	d := diff(&s.cfg.Manifests.Objects, &next.Objects)
 	c := &Change{Objects: d.words}

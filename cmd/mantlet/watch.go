@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -40,12 +41,11 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 	defer func() { mismatches += open.end(ctx) }()
 	fmt.Fprintln(stderr, "watching for edits; Ctrl-C ends it; `mantlet sandbox shell POD` enters a pod")
 	for {
-		select {
-		case <-ctx.Done():
+		switch err := edited(ctx, watcher); {
+		case ctx.Err() != nil:
 			return mismatches, nil
-		case err := <-watcher.Errors:
-			return mismatches, fmt.Errorf("watch the manifests: %w", err)
-		case <-watcher.Events:
+		case err != nil:
+			return mismatches, err
 		}
 		written := settled(ctx, watcher)
 		if err := watchAll(watcher, in.files); err != nil { // folders may be new
@@ -53,10 +53,14 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 		}
 		next, err := in.reread(w)
 		if err != nil { // an editor may be half-way through: what is in force stays
-			fmt.Fprintln(stderr, "error:", err, "\nwhat was in force stays in force")
+			fmt.Fprintf(stderr, "error: %v\n%s\n", err, stays)
 			continue
 		}
 		change, err := s.Update(ctx, next.manifests)
+		if errors.Is(err, sandbox.ErrOtherNetworks) {
+			fmt.Fprintf(stderr, "error: %v\n%s\n", err, stays)
+			continue
+		}
 		if err != nil {
 			return mismatches, err
 		}
@@ -70,6 +74,24 @@ func (in *input) watch(ctx context.Context, cmd *cobra.Command, s *sandbox.Sandb
 		}
 		mismatches += n
 		w = next
+	}
+}
+
+// stays is said of an edit that cannot be applied.
+const stays = "what was in force stays in force"
+
+// edited waits until something has been written. Where the kernel has dropped events it does not know what, which does not matter: all files are read again.
+func edited(ctx context.Context, w *fsnotify.Watcher) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case err := <-w.Errors:
+		if errors.Is(err, fsnotify.ErrEventOverflow) {
+			return nil
+		}
+		return fmt.Errorf("watch the manifests: %w", err)
+	case <-w.Events:
+		return nil
 	}
 }
 
