@@ -12,8 +12,9 @@ import (
 )
 
 // TestUpdateOfARunningSandbox edits manifests under a running sandbox: policies come and go, a workload scales, a pod gets other
-// labels, another sidecar, goes; after each edit packets and evaluator agree on everything, an edit that changes nothing reaches nobody, and scaling
-// pushes no policy to anyone.
+// labels, another sidecar, goes; after each edit packets and evaluator agree on everything, an edit that changes nothing reaches nobody. Scaling
+// pushes no TCP policy to anyone: identities stay, so that only endpoints (Cluster) change. UDP and SCTP are judged by address: whom a rule of them concerns, which
+// a rule without ports is too, gets the list of addresses anew (Packets).
 func TestUpdateOfARunningSandbox(t *testing.T) {
 	const base = `
 apiVersion: v1
@@ -93,9 +94,9 @@ spec:
 		if step.what == "nothing" && len(c.Sidecars)+len(c.Objects) > 0 {
 			t.Errorf("no edit, and still: %+v", c)
 		}
-		// web's rule has no ports, so that it speaks of api's addresses for UDP and SCTP.
+		// web's rule has no ports: for UDP and SCTP it is about api's addresses.
 		if step.what == "scaled" && !slices.Equal(c.Types, []string{"Cluster", "Packets"}) {
-			t.Errorf("scaling sent %v to those who were there: only endpoints and addresses may change", c.Types)
+			t.Errorf("scaling sent %v to those who were there: only endpoints, and the addresses of UDP and SCTP rules, may change", c.Types)
 		}
 	}
 	last := check(m)
