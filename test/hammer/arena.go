@@ -9,6 +9,7 @@ import (
 	"github.com/mantlet/mantlet/controlplane/policy"
 	"github.com/mantlet/mantlet/controlplane/source"
 	"github.com/mantlet/mantlet/sandbox"
+	"github.com/mantlet/mantlet/sandbox/netns"
 	"github.com/mantlet/mantlet/verdict"
 )
 
@@ -72,6 +73,22 @@ func Enter(s *sandbox.Sandbox, m *source.Manifests, config policy.Config) (_ *Ar
 func (a *Arena) aim(pod, app string, to netip.AddrPort) {
 	a.Targets = append(a.Targets, Target{Name: app, Pod: pod, App: app, Protocol: verdict.TCP, Addr: to})
 	a.Datagrams = append(a.Datagrams, Target{Name: app + "/UDP", Pod: pod, App: app, Protocol: verdict.UDP, Addr: to})
+}
+
+// Open starts one more app, which no Contestant tries: for streams. It returns its addresses as targets.
+func (a *Arena) Open(pod *netns.Pod, port uint16) ([]Target, error) {
+	app, err := NewApp(pod, port)
+	if err != nil {
+		return nil, err
+	}
+	a.apps = append(a.apps, app)
+	key := fmt.Sprintf("%s:%d", pod.Name(), port)
+	a.serve(key, app)
+	var out []Target
+	for _, ip := range pod.Spec().IPs {
+		out = append(out, Target{Name: pod.Name(), Pod: pod.Name(), App: key, Protocol: verdict.TCP, Addr: netip.AddrPortFrom(ip, port)})
+	}
+	return out, nil
 }
 
 // Allows asks the evaluator about all Contestants and targets at once.

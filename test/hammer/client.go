@@ -114,6 +114,13 @@ func NewSiege(c *Chronicle, apps map[string]*App) *Siege {
 	return s
 }
 
+// serve adds an app that streams may reach.
+func (s *Siege) serve(key string, app *App) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.apps[key] = app
+}
+
 // Join has a pod try targets, one after the other with a rest between them, until Stop.
 func (s *Siege) Join(pod *netns.Pod, targets []Target, pause time.Duration) {
 	s.running.Go(func() {

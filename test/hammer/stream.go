@@ -64,6 +64,7 @@ func (s *Siege) stream(pod *netns.Pod, to Target, good *time.Time) error {
 	nonce := fmt.Sprintf("n%d", nonces.Add(1))
 	s.mu.Lock()
 	s.streams[to.App+" "+nonce] = true
+	app := s.apps[to.App]
 	s.mu.Unlock()
 	_ = c.SetDeadline(time.Now().Add(streamPatience))
 	if _, err := fmt.Fprintf(c, "%s\n", nonce); err != nil {
@@ -74,7 +75,7 @@ func (s *Siege) stream(pod *netns.Pod, to Target, good *time.Time) error {
 	if err != nil {
 		return err
 	}
-	if want := fmt.Sprintf("%d %s\n", s.apps[to.App].port, nonce); line != want {
+	if want := fmt.Sprintf("%d %s\n", app.port, nonce); line != want {
 		return fmt.Errorf("the app answered %q", line)
 	}
 	random := rand.NewChaCha8([32]byte([]byte(fmt.Sprintf("%32s", nonce))))

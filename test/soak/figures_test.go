@@ -31,6 +31,7 @@ type podFigures struct {
 	agentMemory            int
 	envoyMemory            int
 	rules                  int // nftables rules and chains
+	elements               int // of all nftables sets and maps
 	tracked                int // conntrack entries; those of ended connections stay for two minutes
 	sockets                int // TCP sockets that are not in TIME_WAIT
 }
@@ -65,6 +66,9 @@ func measurePod(t *testing.T, s *sandbox.Sandbox, name string) podFigures {
 	}
 	err = p.Do(func() error {
 		if f.rules, err = rules(); err != nil {
+			return err
+		}
+		if f.elements, err = elements(); err != nil {
 			return err
 		}
 		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
@@ -113,6 +117,31 @@ func rules() (n int, err error) {
 	return n, nil
 }
 
+func elements() (n int, err error) {
+	conn, err := nftables.New()
+	if err != nil {
+		return 0, err
+	}
+	tables, err := conn.ListTables()
+	if err != nil {
+		return 0, err
+	}
+	for _, t := range tables {
+		sets, err := conn.GetSets(t)
+		if err != nil {
+			return 0, err
+		}
+		for _, set := range sets {
+			list, err := conn.GetSetElements(set)
+			if err != nil {
+				return 0, fmt.Errorf("set %s: %w", set.Name, err)
+			}
+			n += len(list)
+		}
+	}
+	return n, nil
+}
+
 func openFiles(t *testing.T, pid int) int {
 	t.Helper()
 	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
@@ -147,7 +176,7 @@ func table(before, after figures) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "\nthe test\tgoroutines %d → %d\tfiles %d → %d\theap %d → %d KiB\n", before.goroutines, after.goroutines, before.files, after.files, before.heap, after.heap)
-	fmt.Fprintln(w, "pod\tagent: files\tKiB\tEnvoy: files\tKiB\trules\tsockets\tconntrack")
+	fmt.Fprintln(w, "pod\tagent: files\tKiB\tEnvoy: files\tKiB\trules\telements\tsockets\tconntrack")
 	names := make([]string, 0, len(before.pods))
 	for name := range before.pods {
 		names = append(names, name)
@@ -155,9 +184,9 @@ func table(before, after figures) string {
 	slices.Sort(names)
 	for _, name := range names {
 		x, y := before.pods[name], after.pods[name]
-		fmt.Fprintf(w, "%s\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\n", name,
+		fmt.Fprintf(w, "%s\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\t%d → %d\n", name,
 			x.agentFiles, y.agentFiles, x.agentMemory, y.agentMemory, x.envoyFiles, y.envoyFiles, x.envoyMemory, y.envoyMemory,
-			x.rules, y.rules, x.sockets, y.sockets, x.tracked, y.tracked)
+			x.rules, y.rules, x.elements, y.elements, x.sockets, y.sockets, x.tracked, y.tracked)
 	}
 	w.Flush()
 	return b.String()
@@ -174,6 +203,7 @@ const (
 	slackRace       = 64 << 10
 	slackEnvoy      = 12 << 10
 	slackSockets    = 6
+	slackElements   = 40 // destinations that somebody asked about a while ago are kept for five minutes
 )
 
 // compare complains of what has grown.
@@ -199,6 +229,10 @@ func compare(t *testing.T, before, after figures) {
 		most("memory of the agent of "+name+", KiB", was.agentMemory, is.agentMemory, slackMemory)
 		most("memory of the Envoy of "+name+", KiB", was.envoyMemory, is.envoyMemory, slackEnvoy)
 		most("sockets of "+name, was.sockets, is.sockets, slackSockets)
+		most("elements of nftables sets of "+name, was.elements, is.elements, slackElements)
+		if slices.Contains(immortals, name) && (was.agent != is.agent || was.envoy != is.envoy) {
+			t.Errorf("nobody killed the sidecar of %s, and its agent was process %d and is %d, its Envoy was %d and is %d", name, was.agent, is.agent, was.envoy, is.envoy)
+		}
 		if was.rules != is.rules {
 			t.Errorf("nftables rules of %s: %d, and %d at the end", name, was.rules, is.rules)
 		}

@@ -149,8 +149,8 @@ func (k *soak) killControlPlane() {
 	k.arena.History.Confirm()
 }
 
-// know waits until everybody has tried all destinations, who has just been restarted, too: what is unknown is refused without a control plane, and for two
-// seconds after that (hold.Config.ErrorTTL).
+// know waits until everybody has tried all destinations, who has just been restarted, too: what is unknown is refused while there is no control plane, and
+// where one that hangs has not answered in time, for up to two seconds more (hold.Config.ErrorTTL).
 func (k *soak) know() {
 	for _, peer := range hammer.Contestants {
 		k.within(func(ctx context.Context) error { return k.arena.AwaitEach(ctx, peer, k.arena.Targets) })
