@@ -56,14 +56,13 @@ spec:
 // lifetimes are far shorter than a cluster's. Certificates are renewed long before they end, so that a busy machine does not matter.
 var lifetimes = sandbox.Lifetimes{SVID: 10 * time.Second, RenewAfter: time.Second, Sessions: 3 * time.Second}
 
-// TestIdentityInTime: certificates are renewed, roots change, pods are relabelled and deleted, while traffic goes on; at last nobody renews any more.
+// TestIdentityInTime: certificates are renewed, roots change, pods are relabelled and deleted, while traffic goes on.
 func TestIdentityInTime(t *testing.T) {
 	s, m, log := age(t, lifetimes)
 	t.Run("renewal", func(t *testing.T) { renewal(t, s) })
 	t.Run("relabelled", func(t *testing.T) { relabelled(t, s, m) })
 	t.Run("roots", func(t *testing.T) { roots(t, s) })
 	t.Run("deleted", func(t *testing.T) { deleted(t, s, log) })
-	t.Run("unrenewed", func(t *testing.T) { unrenewed(t, s) })
 }
 
 func age(t *testing.T, l sandbox.Lifetimes) (*sandbox.Sandbox, *source.Manifests, *journal) {
@@ -398,46 +397,34 @@ func deleted(t *testing.T, s *sandbox.Sandbox, log *journal) {
 			t.Errorf("the pod before it is served what is for its successor: %+v", c)
 		}
 	}
-	refusedInTime(t, ghost, to)
+	refusedInTime(t, func() error { return once(t.Context(), ghost, to, 1) })
 	if err := once(t.Context(), pod(t, s, "shop/api-a"), to, 3); err != nil {
 		t.Errorf("its twin: %v", err)
 	}
 }
 
-// unrenewed: the control plane is away until all certificates have ended. Envoys keep theirs, and resume sessions without a look at them; those end
-// with their period all the same.
-func unrenewed(t *testing.T, s *sandbox.Sandbox) {
-	to := netip.AddrPortFrom(pod(t, s, "shop/db").Spec().IPs[0], echo)
-	a := pod(t, s, "shop/api-a")
-	if err := once(t.Context(), a, to, 0); err != nil { // where nobody has been is refused without a control plane
-		t.Fatalf("before: %v", err)
-	}
-	s.StopControlPlane()
-	refusedInTime(t, a, to)
-}
-
-// refusedInTime opens one connection after the other until they are refused. No certificate of the pod is signed any more: that has to come
-// with the end of the one that it has, and of the sessions that may outlive it. Unbounded these would go on for hours.
-func refusedInTime(t *testing.T, from *netns.Pod, to netip.AddrPort) {
+// refusedInTime tries one connection after the other until they are refused. No certificate of who tries is signed any more: that has to come
+// with the end of the one that there is, and of the sessions that may outlive it. Unbounded these would go on for hours.
+func refusedInTime(t *testing.T, try func() error) {
 	t.Helper()
 	const slack = 15 * time.Second // of a busy machine
 	began := time.Now()
 	bound := lifetimes.SVID + lifetimes.Sessions
-	try := time.NewTicker(10 * time.Millisecond)
-	defer try.Stop()
+	pause := time.NewTicker(10 * time.Millisecond)
+	defer pause.Stop()
 	for {
 		asked := time.Now()
-		if err := once(t.Context(), from, to, 1); err != nil {
+		if err := try(); err != nil {
 			t.Logf("refused after %s; the bound is %s: %v", asked.Sub(began).Round(time.Millisecond), bound, err)
 			break
 		}
 		if asked.After(began.Add(bound + slack)) {
 			t.Fatalf("let in after %s: its certificate and all sessions had to end within %s", asked.Sub(began).Round(time.Millisecond), bound)
 		}
-		<-try.C
+		<-pause.C
 	}
 	for range 10 {
-		if err := once(t.Context(), from, to, 2); err == nil {
+		if try() == nil {
 			t.Fatal("let in again")
 		}
 	}
