@@ -177,11 +177,17 @@ type worker struct {
 	order
 	until time.Time
 	most  int
+	begun bool
 	took  []time.Duration
 	bytes int64
 }
 
+// more says whether to go on: once at least, though on a busy machine the time may be over before anything has begun.
 func (w *worker) more() bool {
+	if !w.begun {
+		w.begun = true
+		return true
+	}
 	return time.Now().Before(w.until) && (w.most == 0 || len(w.took) < w.most)
 }
 
